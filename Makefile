@@ -22,10 +22,10 @@ setup: $(STAMP) ## make .venv and install the project with everything it can use
 
 # torch goes first, by its pin alone, so that nothing that depends on it can choose another build.
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "attnlens needs Python 3.11 or later\
+	@test -x $(BIN)/pip || test -n "$(PYTHON)" || { echo "attnlens needs Python 3.11 or later\
 	 with its venv and ensurepip modules (Debian: python3-venv), and found none." \
 	 "If it has another name: make PYTHON=/path/to/python" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes the first time"
 	@$(PIP) torch
 	@$(PIP) -e '.[all,test,dev]'
