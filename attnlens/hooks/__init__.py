@@ -1,0 +1,1 @@
+"""The instrument: the only room that touches a model while it runs."""

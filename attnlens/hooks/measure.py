@@ -1,0 +1,107 @@
+"""Stream statistics over the rows of chosen sites while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from attnlens.anatomy import Site
+from attnlens.hooks.reducers import Block, Reducer
+from attnlens.hooks.rows import BLOCK_BYTES, Rows
+from attnlens.hooks.seam import Call
+from attnlens.hooks.tokens import Layout, Sides
+
+
+class Measure:
+    """Observer that feeds each block of rows to every reducer; results are `batch head ...` a site."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        reducers: Sequence[Reducer],
+        sides: Sides,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.sites = frozenset(site.name for site in sites)
+        self.results: dict[str, dict[str, Tensor]] = {reducer.name: {} for reducer in reducers}
+        self._reducers = tuple(reducers)
+        self._sides = sides
+        self._block_bytes = block_bytes
+
+    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+        """Nothing beside the seam."""
+        return ()
+
+    @torch.no_grad()
+    def see(self, site: Site, call: Call) -> Call:
+        """Reduce one call; the call itself is left alone."""
+        rows = Rows.of(call, site.upcast)
+        layout = self._layout(site, rows)
+        states = [reducer.start(layout) for reducer in self._reducers]
+        for block in blocks(rows, layout, self._block_bytes):
+            for reducer, state in zip(self._reducers, states, strict=True):
+                reducer.update(state, block)
+        for reducer, state in zip(self._reducers, states, strict=True):
+            self.results[reducer.name][site.name] = reducer.finish(state)
+        return call
+
+    def _layout(self, site: Site, rows: Rows) -> Layout:
+        batch, heads, queries, keys = rows.shape
+        return Layout(
+            site,
+            batch,
+            heads,
+            queries,
+            keys,
+            rows.offset if site.kind != "cross" else 0,
+            self._sides.queries(site).cut(queries),
+            self._sides.keys(site).cut(keys),
+            rows.query.device,
+        )
+
+
+def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The rows of one call as blocks for reducers."""
+    for part in rows.blocks(block_bytes):
+        keys = rows.keys_seen(part)
+        scores = rows.scores(part, keys)
+        pattern = rows.pattern(scores, part, keys)
+        half = pattern.dtype in (torch.float16, torch.bfloat16)
+        yield Block(
+            layout,
+            part,
+            keys,
+            pattern.float() if half else pattern,
+            scores,
+            rows.visible(part, keys),
+            softmax_of_scores=not half and not rows.edits,
+        )
+
+
+def merge(batches: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    """Results of several batches as one, along the prompts; shorter ones are filled up.
+
+    Floats are filled with NaN, integers with -1.
+    """
+    merged: dict[str, dict[str, Tensor]] = {}
+    for name in batches[0]:
+        merged[name] = {
+            site: join_ragged([batch[name][site] for batch in batches]) for site in batches[0][name]
+        }
+    return merged
+
+
+def join_ragged(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis, filling the others up to the longest."""
+    shape = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    filled: list[Tensor] = []
+    for part in parts:
+        wide = part.new_full(
+            (part.shape[0], *shape), float("nan") if part.is_floating_point() else -1
+        )
+        wide[tuple(slice(0, size) for size in part.shape)] = part
+        filled.append(wide)
+    return torch.cat(filled)

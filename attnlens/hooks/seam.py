@@ -1,0 +1,215 @@
+"""The seam: one attention function between a model and the kernel it had.
+
+transformers looks an attention function up by the name in a module's config at every forward.
+While a model is switched, that name is ours: the function registered under it runs the kernel that
+the model had before, and shows the call to whoever listens to the module. With no listener it only
+passes the call on, so an idle seam costs one dictionary look-up a layer.
+
+The name encodes the kernel (hexadecimal, because transformers dispatches specially on names that
+contain "sdpa", "flash" or "flex"), so the kernel is known from the config alone, and a model that
+shares the config of a switched one still gets its own kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from attnlens.errors import UnsupportedModelError
+
+PREFIX = "attnlens-"
+_LISTENERS = "_attnlens_listeners"
+
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+# (pattern block, visible keys or None for all, query rows, head numbers) -> pattern block
+PatternEdit = Callable[[Tensor, Tensor | None, slice, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call as the kernel got it, and what it returned.
+
+    query is `batch head query d_qk`, key `batch group key d_qk`, value `batch group key d_v`, output
+    `batch query head d_v`; the mask is in the kernel's own form. A listener that changes the pattern
+    adds a function to `pattern_edits`, so that those who listen after it see the rows it made.
+    """
+
+    module: nn.Module
+    kernel: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    arguments: dict[str, Any]
+    output: Tensor
+    weights: Tensor | None
+    """The kernel's own weights, `batch head query key`, where it returns them (eager)."""
+    pattern_edits: tuple[PatternEdit, ...] = ()
+
+
+class Listener(Protocol):
+    """Somebody who sees the attention calls of a module."""
+
+    def attended(self, call: Call) -> Call:
+        """See one call; return it as it is, or with another output."""
+        ...
+
+
+def kernel_of(name: str | None) -> str:
+    """The kernel behind an attention implementation's name, ours or not."""
+    if name is None:
+        return "sdpa"
+    return bytes.fromhex(name[len(PREFIX) :]).decode() if name.startswith(PREFIX) else name
+
+
+def eager_function(module: nn.Module) -> Kernel | None:
+    """The eager attention of a module's own Python file: the oracle for our rows."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward.__globals__.get("eager_attention_forward")
+
+
+def _kernel_function(kernel: str, module: nn.Module) -> Kernel:
+    found = ALL_ATTENTION_FUNCTIONS.get(kernel) if kernel != "eager" else None
+    found = found or eager_function(module)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no {kernel} attention that attnlens can call. "
+            "Load the model with attn_implementation='sdpa'."
+        )
+    return found
+
+
+def _register(kernel: str) -> str:
+    """Register the seam over a kernel, with the kernel's own mask, and return its name."""
+    name = PREFIX + kernel.encode().hex()
+    if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return name
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _kernel_function(kernel, module)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        listeners = module.__dict__.get(_LISTENERS)
+        if not listeners:
+            return output, weights
+        call = Call(module, kernel, query, key, value, attention_mask, kwargs, output, weights)
+        for listener in tuple(listeners):
+            call = listener.attended(call)
+        return call.output, weights
+
+    # Without a mask function under the same name the mask is silently None and causality is lost.
+    if kernel not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        raise UnsupportedModelError(
+            f"The attention kernel {kernel!r} has no mask function in transformers. "
+            "Load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    AttentionInterface.register(name, attend)
+    return name
+
+
+class _Switched:
+    """Which configs are switched to the seam, and how often: the last one out restores.
+
+    A config belongs to whoever holds it, several models and threads perhaps, and transformers reads
+    the switch from there; so the count is kept for the whole process, under a lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[PretrainedConfig, str | None, int]] = {}
+
+    def acquire(self, configs: Iterable[PretrainedConfig]) -> None:
+        with self._lock:
+            for config in configs:
+                _, original, count = self._held.get(
+                    id(config), (config, config._attn_implementation_internal, 0)
+                )
+                config._attn_implementation_internal = _register(kernel_of(original))
+                self._held[id(config)] = (config, original, count + 1)
+
+    def release(self, configs: Iterable[PretrainedConfig]) -> None:
+        with self._lock:
+            for config in configs:
+                _, original, count = self._held[id(config)]
+                if count > 1:
+                    self._held[id(config)] = (config, original, count - 1)
+                else:
+                    del self._held[id(config)]
+                    config._attn_implementation_internal = original
+
+
+_switched = _Switched()
+
+
+@contextmanager
+def kernel(model: nn.Module, name: str) -> Iterator[None]:
+    """Run a model on another attention kernel for a while; no session may be open on it."""
+    configs = attention_configs(model)
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, original in zip(configs, before, strict=True):
+            config._attn_implementation_internal = original
+
+
+def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Every config object that the model's modules read their attention implementation from."""
+    found: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def switch(model: nn.Module) -> list[PretrainedConfig]:
+    """Put the seam under a model; give the returned configs to `restore` afterwards."""
+    configs = attention_configs(model)
+    taken: list[PretrainedConfig] = []
+    try:
+        for config in configs:
+            _switched.acquire([config])
+            taken.append(config)
+    except BaseException:
+        _switched.release(taken)
+        raise
+    return configs
+
+
+def restore(configs: Iterable[PretrainedConfig]) -> None:
+    """Undo one `switch`."""
+    _switched.release(configs)
+
+
+def listen(module: nn.Module, listener: Listener) -> None:
+    """Show the module's attention calls to the listener, after those who listen already."""
+    module.__dict__.setdefault(_LISTENERS, []).append(listener)
+
+
+def unlisten(module: nn.Module, listener: Listener) -> None:
+    """Undo one `listen`; a module nobody listens to is as it was."""
+    listeners = module.__dict__[_LISTENERS]
+    listeners.remove(listener)
+    if not listeners:
+        del module.__dict__[_LISTENERS]

@@ -1,0 +1,132 @@
+"""Attach to a model and let go of it again, always restoring.
+
+A session switches the model's attention to the seam, listens at its attention modules, and hands
+each call of a site to its observers in turn. Sessions nest: the one opened first sees a call first,
+so what an outer session changes, an inner one sees. Only calls made by the thread that opened the
+session are seen. Closing puts everything back as it was, after an error too; a session that saw no
+call at a site it was asked for raises.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from attnlens.anatomy import Anatomy, Site
+from attnlens.errors import SeamError
+from attnlens.hooks import seam
+from attnlens.hooks.seam import Call
+
+
+class Observer(Protocol):
+    """What a session hands its calls to: keeps, reducers and edits."""
+
+    sites: frozenset[str]
+    """Names of the sites it wants to see."""
+
+    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+        """Hooks of its own that the session removes again, for what the seam does not show."""
+        ...
+
+    def see(self, site: Site, call: Call) -> Call:
+        """See one call at a site; return it, changed or not."""
+        ...
+
+
+class Session:
+    """The instrument attached to one model: `with Session(model, anatomy, observers): ...`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        observers: Sequence[Observer],
+        must_fire: bool = True,
+    ) -> None:
+        self.model = model
+        self.observers = tuple(observers)
+        self.fired: Counter[str] = Counter()
+        self._must_fire = must_fire
+        self._modules = _by_module(anatomy.sites)
+        self._names: dict[int, str] = {}
+        self._calls: Counter[str] = Counter()
+        self._thread: int | None = None
+        self._undo: list[Any] = []
+
+    def __enter__(self) -> Session:
+        if self._thread is not None:
+            raise SeamError("This session is open already; make a new one to nest.")
+        self._thread = threading.get_ident()
+        try:
+            configs = seam.switch(self.model)
+            self._undo.append(lambda: seam.restore(configs))
+            for name in self._modules:
+                module = self.model.get_submodule(name)
+                self._names[id(module)] = name
+                seam.listen(module, self)
+                self._undo.append(lambda module=module: seam.unlisten(module, self))
+            for observer in self.observers:
+                for hook in observer.attach(self.model):
+                    self._undo.append(hook.remove)
+            handle = self.model.register_forward_pre_hook(lambda *_: self._calls.clear())
+            self._undo.append(handle.remove)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if kind is None and self._must_fire:
+            self.check_fired()
+
+    def close(self) -> None:
+        """Let go of the model; more than once does nothing more."""
+        while self._undo:
+            self._undo.pop()()
+        self._names.clear()
+        self._thread = None
+
+    def attended(self, call: Call) -> Call:
+        """Hand one call to the observers that want its site."""
+        if threading.get_ident() != self._thread:
+            return call
+        name = self._names[id(call.module)]
+        sites = self._modules[name]
+        site = sites[self._calls[name] % len(sites)]
+        self._calls[name] += 1
+        self.fired[site.name] += 1
+        for observer in self.observers:
+            if site.name in observer.sites:
+                call = observer.see(site, call)
+        return call
+
+    def check_fired(self) -> None:
+        """Raise if a site that an observer asked for was never called."""
+        asked = frozenset[str]().union(*(observer.sites for observer in self.observers))
+        silent = sorted(asked - set(self.fired))
+        if silent:
+            raise SeamError(
+                f"No attention call was seen at {', '.join(silent)}. The model did not run these "
+                "sites on this input (an encoder without its decoder, or text without images); "
+                "name only sites that run."
+            )
+
+
+def _by_module(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Sites by module name, in the order of their calls."""
+    found: dict[str, list[Site]] = {}
+    for site in sorted(sites, key=lambda site: site.call):
+        found.setdefault(site.module, []).append(site)
+    return found

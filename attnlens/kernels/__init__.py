@@ -1,0 +1,1 @@
+"""Row-block reductions: pure functions on tensors, plain torch."""

@@ -1,0 +1,299 @@
+"""The Lens: a model, its tokenizer and its anatomy; run, measure, edit.
+
+`run` keeps tensors, `measure` streams statistics, `edit` intervenes. Every run leaves the model as
+it was, its training mode too, and nothing is recorded for gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attnlens.anatomy import Anatomy, HeadSpec, Site
+from attnlens.anatomy.weights import HeadWeights
+from attnlens.errors import InputError
+from attnlens.hooks.check import Check, check_model
+from attnlens.hooks.edits import Edit, Editor, MeanZ
+from attnlens.hooks.examples import example_inputs
+from attnlens.hooks.keep import Keep, Request, check_budget
+from attnlens.hooks.measure import Measure, merge
+from attnlens.hooks.probe import evaluating, examine
+from attnlens.hooks.projections import head_weights
+from attnlens.hooks.reducers import Reducer
+from attnlens.hooks.session import Session
+from attnlens.lens.inputs import Batch, Encoder, Inputs, split
+from attnlens.lens.trace import SiteTensors, Statistics, Trace
+
+
+class Lens:
+    """A pretrained transformer, opened for looking at its attention. Made by `al.load`."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, example: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._given_example = dict(example) if example is not None else None
+        self._example = self._given_example or example_inputs(model)
+        self.anatomy: Anatomy = examine(model, self._example)
+        self._anatomies = {_modality(self._example): self.anatomy}
+        self._encoder = Encoder(model, tokenizer, self.anatomy.context)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first weights are."""
+        return self._encoder.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        if self._encoder.vocab is None:
+            raise InputError(f"{self.anatomy.model} has no vocabulary.")
+        return self._encoder.vocab
+
+    @property
+    def context(self) -> int | None:
+        """Longest input in tokens; None where the model sets no limit."""
+        return self.anatomy.context
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens (start, separator, padding, mask)."""
+        return frozenset(self.tokenizer.all_special_ids if self.tokenizer is not None else ())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that starts a text: the tokenizer's, else the config's."""
+        if self.tokenizer is not None:
+            found = self.tokenizer.bos_token_id
+            return found if found is not None else self.tokenizer.cls_token_id
+        config: Any = self.model.config
+        found = getattr(config, "bos_token_id", None)
+        return found if isinstance(found, int) and found < self.vocab_size else None
+
+    def encode(self, inputs: Inputs) -> Batch:
+        """Text, texts, ids or a processor's dictionary as a checked batch on the model's device."""
+        return self._encoder.encode(inputs)
+
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """What token ids look like as text."""
+        return self._encoder.texts_of(ids)
+
+    def run(
+        self,
+        inputs: Inputs,
+        keep: Sequence[str] = ("pattern", "z"),
+        layers: HeadSpec | int | None = None,
+        heads: HeadSpec | None = None,
+        rows: int | slice | Sequence[int] | None = None,
+        budget: str | int = "2GB",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Trace:
+        """Run the model and keep what is asked: `q k v scores pattern z result residual`.
+
+        `layers` and `heads` are specifications (`"L3:"`, `"L3H5,L4H0"`); `rows` chooses query
+        positions of each prompt (`-1` is the last real token). The request is priced first; over
+        `budget` bytes it is refused with BudgetError. `dtype` and `device` are those of what is kept.
+        """
+        batch = self.encode(inputs)
+        anatomy = self._anatomy_for(batch)
+        keep = (keep,) if isinstance(keep, str) else tuple(keep)
+        chosen = _choose(anatomy, layers, heads)
+        request = Request(
+            keep,
+            tuple(site for site in anatomy.sites if site.name in chosen),
+            chosen,
+            batch.rows(rows),
+            dtype,
+            torch.device(device) if device is not None else None,
+        )
+        limit = parse_bytes(budget)
+        element = next(self.model.parameters()).element_size()
+        check_budget(request, batch.extents(anatomy), limit, anatomy.d_model, element)
+        kept = Keep(anatomy, request, limit)
+        with Session(self.model, anatomy, [kept]):
+            output = self._forward(batch)
+        return Trace(
+            anatomy,
+            batch.tokens,
+            batch.ids,
+            batch.lengths,
+            chosen,
+            request.rows,
+            output,
+            {kind: SiteTensors(tensors) for kind, tensors in kept.kept.items()},
+        )
+
+    def measure(
+        self,
+        inputs: Inputs,
+        reducers: Reducer | Sequence[Reducer],
+        layers: HeadSpec | int | None = None,
+        batch_size: int = 8,
+    ) -> Statistics:
+        """Stream statistics of every attention row while the model runs; no map is kept.
+
+        Prompts run `batch_size` at a time, those of similar length together. Each statistic is
+        `prompt head ...` at every site of `layers` (all where not given).
+        """
+        reducers = tuple(reducers) if isinstance(reducers, Sequence) else (reducers,)
+        _check_names(reducers)
+        whole = self.encode(inputs)
+        anatomy = self._anatomy_for(whole)
+        sites = anatomy.layers(layers)
+        parts, order = split(whole, batch_size)
+        results: list[dict[str, dict[str, Tensor]]] = []
+        for part in parts:
+            observer = Measure(sites, reducers, part.sides)
+            with Session(self.model, anatomy, [observer]):
+                self._forward(part, last_logits=True)
+            results.append(observer.results)
+        merged = merge(results)
+        back = torch.tensor(order).argsort()
+        values = {
+            name: SiteTensors({site: t[back.to(t.device)] for site, t in tensors.items()})
+            for name, tensors in merged.items()
+        }
+        columns = {reducer.name: reducer.columns for reducer in reducers}
+        return Statistics(anatomy, whole.tokens, whole.lengths, values, columns)
+
+    @contextmanager
+    def edit(self, *edits: Edit) -> Iterator[None]:
+        """Change heads while the block runs, in `run`, `measure`, `logits` or the model itself.
+
+        `with lens.edit(al.Zero("L3H5"), al.Scale("L4", 2.0)): ...`. Afterwards the model is as it
+        was; a block in which an edited site never ran raises SeamError.
+        """
+        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits)]):
+            yield
+
+    def mean_z(self, inputs: Inputs, batch_size: int = 8) -> dict[str, Float[Tensor, "head d_v"]]:
+        """Mean of every head's z over the real positions of a reference set, for `al.Mean`."""
+        whole = self.encode(inputs)
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        anatomy = self._anatomy_for(whole)
+        for part in split(whole, batch_size)[0]:
+            real = {site.name: part.sides.queries(site).real for site in anatomy.sites}
+            observer = MeanZ(anatomy.sites, real)
+            with Session(self.model, anatomy, [observer]):
+                self._forward(part, last_logits=True)
+            for name, total in observer.sums.items():
+                sums[name] = sums.get(name, 0) + total
+                counts[name] = counts.get(name, 0) + observer.counts[name]
+        return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+    @torch.no_grad()
+    def logits(
+        self, inputs: Inputs, reads: Int[Tensor, "prompt read"], batch_size: int = 16
+    ) -> Float[Tensor, "prompt read vocab"]:
+        """Next-token logits at the given positions of each prompt."""
+        parts, order = split(self.encode(inputs), batch_size, by_length=False)
+        found: list[Tensor] = []
+        start = 0
+        for part in parts:
+            own = reads[start : start + part.size].to(self.device)
+            start += part.size
+            positions = torch.unique(own)
+            output = self._forward(part, positions=positions)
+            logits = getattr(output, "logits", None)
+            if logits is None:
+                raise InputError(
+                    f"{self.anatomy.model} has no logits: it has no language-model head. Load the "
+                    "model with its head to grade its answers."
+                )
+            if logits.shape[1] == len(positions) != part.inputs["input_ids"].shape[1]:
+                own = torch.searchsorted(positions, own)
+            found.append(logits.gather(1, own[..., None].expand(-1, -1, logits.shape[-1])))
+        return torch.cat(found)
+
+    def weights(self, layer: int | str) -> HeadWeights:
+        """W_Q, W_K, W_V and W_O of one site, head by head; found by matching, not by names."""
+        site = self.anatomy[layer]
+        example = self._given_example or example_inputs(self.model, batch=12)
+        return head_weights(self.model, self.anatomy, site, example)
+
+    def check(self, inputs: Inputs | None = None) -> Check:
+        """The self-check: every site fires, rows are exact, patterns matter (see `hooks.check`)."""
+        if inputs is None:
+            return check_model(self.model, self.anatomy, self._example)
+        batch = self.encode(inputs)
+        return check_model(self.model, self._anatomy_for(batch), batch.inputs)
+
+    def _anatomy_for(self, batch: Batch) -> Anatomy:
+        """The anatomy for inputs of this modality; a new one (images beside text) is probed once."""
+        key = _modality(batch.inputs)
+        if key not in self._anatomies:
+            self._anatomies[key] = examine(self.model, batch.inputs)
+        return self._anatomies[key]
+
+    @torch.no_grad()
+    def _forward(
+        self, batch: Batch, last_logits: bool = False, positions: Tensor | None = None
+    ) -> Any:
+        inputs = dict(batch.inputs)
+        accepted = inspect.signature(self.model.forward).parameters
+        if "logits_to_keep" in accepted and (last_logits or positions is not None):
+            inputs["logits_to_keep"] = 1 if positions is None else positions
+        if "use_cache" in accepted:
+            inputs.setdefault("use_cache", False)
+        with evaluating(self.model):
+            return self.model(**inputs)
+
+    def __repr__(self) -> str:
+        return f"Lens({self.anatomy.model}, {len(self.anatomy.sites)} sites, {self.device})"
+
+
+def _modality(inputs: Mapping[str, Any]) -> frozenset[str]:
+    """The inputs that are not token ids or masks: they decide which towers run."""
+    return frozenset(
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name
+    )
+
+
+def _choose(
+    anatomy: Anatomy, layers: HeadSpec | int | None, heads: HeadSpec | None
+) -> dict[str, tuple[int, ...]]:
+    """Heads by site, for the sites of both specifications."""
+    sites: Sequence[Site] = anatomy.layers(layers)
+    names = {site.name for site in sites}
+    if heads is None:
+        return {site.name: tuple(range(site.heads)) for site in sites}
+    chosen: dict[str, list[int]] = {}
+    for head in anatomy.find(heads):
+        if head.site in names:
+            chosen.setdefault(head.site, []).append(head.head)
+    if not chosen:
+        raise InputError(f"heads={heads!r} and layers={layers!r} have no head in common.")
+    return {name: tuple(numbers) for name, numbers in chosen.items()}
+
+
+def _check_names(reducers: Sequence[Reducer]) -> None:
+    names = [reducer.name for reducer in reducers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise InputError(
+            f"Two reducers are named {twice[0]!r}; give one another name=..."
+            if twice
+            else "No reducer was given."
+        )
+
+
+def parse_bytes(budget: str | int) -> int:
+    """`"2GB"`, `"500 MB"` or a number of bytes."""
+    if isinstance(budget, int):
+        return budget
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)B?\s*", budget)
+    if found is None:
+        raise InputError(f"Cannot read the budget {budget!r}. Write '2GB' or '500MB'.")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))

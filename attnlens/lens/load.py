@@ -1,0 +1,198 @@
+"""Open a pretrained model safely: safetensors only, no code from strangers, no silent gaps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from attnlens.errors import FileError, UnsupportedModelError, WeightsError
+from attnlens.hooks.probe import refuse_bridge
+from attnlens.lens.lens import Lens
+
+
+def load(
+    model: str | Path | nn.Module,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    example: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> Lens:
+    """Open a model: a local folder, a hub name, or a transformers model that is loaded already.
+
+    `tokenizer` is one of transformers' or a path; it is looked for beside the model where it is not
+    given. A model from a folder goes to the GPU where there is one. `example` is an input as the
+    model's processor makes it, for models whose input attnlens cannot make up. With `check` the
+    self-check runs and an instrument that would not be exact is refused.
+
+    Raises FileError (no such folder), WeightsError (pickle only, damaged, missing or NaN weights),
+    UnsupportedModelError (attention outside the seam, code from strangers), SeamError (self-check).
+    """
+    if isinstance(model, nn.Module):
+        refuse_bridge(model)
+        opened = model
+        if dtype is not None or device is not None:
+            opened = model.to(device=device, dtype=_dtype(dtype))
+    else:
+        source = _source(model)
+        opened = _open(source, _dtype(dtype))
+        opened.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
+    if isinstance(tokenizer, (str, Path)):
+        found = _tokenizer(str(tokenizer))
+        if found is None:
+            raise FileError(f"There is no tokenizer in {str(tokenizer)!r}.")
+        tokenizer = found
+    refuse_nan(opened)
+    lens = Lens(opened, tokenizer, example)
+    if check:
+        lens.check().raise_problems()
+    return lens
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise if a weight is NaN or infinite, naming it."""
+    for name, parameter in model.named_parameters():
+        # One pass, no mask as large as the weights: a sum is finite only if every part is.
+        if not torch.isfinite(parameter.detach().float().sum()) and not bool(
+            torch.isfinite(parameter).all()
+        ):
+            raise WeightsError(
+                f"The weight {name} holds NaN or infinity. The checkpoint is damaged, or was made by "
+                "a run that diverged; load another one."
+            )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise WeightsError(f"{dtype!r} is no dtype. Write 'float32', 'bfloat16' or 'float16'.")
+        return found
+    return dtype
+
+
+def _source(model: str | Path) -> str:
+    """A folder that can be read, or a hub name."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileError(
+                f"{path} has no config.json, so it is no model folder. A model folder holds "
+                "config.json and model.safetensors, as save_pretrained writes them."
+            )
+        _refuse_pickle(path)
+        return str(path)
+    looks_like_path = isinstance(model, Path) or str(model).startswith((".", "/", "~"))
+    if path.exists() or looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        raise FileError(f"There is no model folder {str(model)!r}. Give a folder or a hub name.")
+    return str(model)
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickles:
+        raise WeightsError(
+            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}). A pickle can run "
+            "any code when it is opened, so attnlens reads safetensors only: convert it where you "
+            "trust it, with model.save_pretrained(folder)."
+        )
+    raise WeightsError(f"{folder} holds no weights: there is no model.safetensors in it.")
+
+
+def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        with _quiet():
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            names: list[str] = getattr(config, "architectures", None) or []
+            kind = getattr(transformers, names[0], AutoModel) if names else AutoModel
+            model, report = kind.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+    except SafetensorError as error:
+        raise WeightsError(
+            f"The weights of {source} are damaged ({error}). Fetch or save the file again."
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise FileError(f"{source} cannot be opened: {_first_line(error)}") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{source} wants to run Python code that comes with it. attnlens does not run code "
+                "from a model folder; load the model yourself if you trust it, and give it to "
+                "al.load(model)."
+            ) from error
+        raise WeightsError(f"{source} cannot be opened: {_first_line(error)}") from error
+    _refuse_gaps(source, report)
+    return model.eval()
+
+
+def _refuse_gaps(source: str, report: Mapping[str, Any]) -> None:
+    """Weights that the file lacks are random: their figures would mean nothing."""
+    missing = [key for key in sorted(report.get("missing_keys", ())) if "pooler" not in key]
+    wrong = [str(key) for key in report.get("mismatched_keys", ())]
+    if missing or wrong:
+        names = ", ".join((missing + wrong)[:3])
+        raise WeightsError(
+            f"The weights file of {source} lacks {len(missing) + len(wrong)} of the model's weights "
+            f"({names}, ...); transformers would fill them with random numbers. Use the whole file, "
+            "or load the model class that fits it and give it to al.load(model)."
+        )
+
+
+def _tokenizer(source: str) -> Any | None:
+    """The tokenizer beside a model, None where there is none."""
+    if (
+        Path(source).is_dir()
+        and not any(Path(source).glob("tokenizer*"))
+        and not any(
+            (Path(source) / name).is_file() for name in ("vocab.json", "vocab.txt", "spiece.model")
+        )
+    ):
+        return None
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(
+            f"The tokenizer of {source} cannot be opened: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or warnings of transformers while loading; what matters is raised."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,179 @@
+"""What a run returns: tensors by site (`Trace`) and statistics by head (`Statistics`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from attnlens.anatomy import Anatomy
+from attnlens.errors import HeadError, InputError
+
+
+class SiteTensors(Mapping[str, Tensor]):
+    """One tensor a site, by name (`"L3"`, `"cross.L3"`) or by layer number in the unnamed stack."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, site: str | int) -> Tensor:
+        name = f"L{site}" if isinstance(site, int) else site
+        if name not in self._tensors:
+            raise HeadError(f"Nothing was kept at {name!r}; there is {', '.join(self._tensors)}.")
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def stack(self, stack: str = "") -> Tensor:
+        """All layers of one stack as `batch layer ...`, in order."""
+        chosen = [
+            t
+            for name, t in self._tensors.items()
+            if name.rpartition(".L")[0] == stack or (not stack and "." not in name)
+        ]
+        shapes = {tuple(tensor.shape) for tensor in chosen}
+        if len(shapes) != 1:
+            raise InputError(
+                f"The layers of stack {stack!r} have shapes {sorted(shapes)}; only equal shapes stack. "
+                f"There is {', '.join(self._tensors)}."
+            )
+        return torch.stack(chosen, dim=1)
+
+    def __repr__(self) -> str:
+        shapes = {tuple(tensor.shape) for tensor in self._tensors.values()}
+        return f"SiteTensors({', '.join(self._tensors)}; shapes {sorted(shapes)})"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run kept. `trace.pattern[layer]` is `batch head query key`; so are `scores`.
+
+    `z` is `batch head query d_v`, `result` `batch head query d_model`, `q` `batch head query d_qk`,
+    `k` and `v` `batch group key d`, `residual` (the stream entering a layer's block, and `"final"`)
+    `batch query d_model`. Positions of padding stand at the right.
+    """
+
+    anatomy: Anatomy
+    tokens: tuple[tuple[str, ...], ...]
+    """Token texts of each prompt, without padding."""
+    ids: Tensor | None
+    """Token ids, `batch position`, padded on the right."""
+    lengths: tuple[int, ...]
+    heads: Mapping[str, tuple[int, ...]]
+    """Heads kept at each site, in the order of the head axis."""
+    rows: tuple[tuple[int, ...], ...] | None
+    """Query rows kept of each prompt; None for all."""
+    output: Any
+    """What the model returned."""
+    kept: Mapping[str, SiteTensors]
+
+    def __getitem__(self, kind: str) -> SiteTensors:
+        """Tensors of one kind, by site."""
+        if kind not in self.kept:
+            raise InputError(
+                f"{kind!r} was not kept in this run; it kept {', '.join(self.kept)}. "
+                f"Run again with keep=({kind!r}, ...)."
+            )
+        return self.kept[kind]
+
+    @property
+    def pattern(self) -> SiteTensors:
+        """Attention weights, `batch head query key`."""
+        return self["pattern"]
+
+    @property
+    def scores(self) -> SiteTensors:
+        """Attention scores before the softmax, `batch head query key`; hidden keys are -inf."""
+        return self["scores"]
+
+    @property
+    def z(self) -> SiteTensors:
+        """Head outputs before the output projection, `batch head query d_v`."""
+        return self["z"]
+
+    @property
+    def result(self) -> SiteTensors:
+        """Head outputs after the output projection, without its bias, `batch head query d_model`."""
+        return self["result"]
+
+    @property
+    def q(self) -> SiteTensors:
+        """Queries as attention receives them (after rotary embedding), `batch head query d_qk`."""
+        return self["q"]
+
+    @property
+    def k(self) -> SiteTensors:
+        """Keys as attention receives them, `batch group key d_qk`."""
+        return self["k"]
+
+    @property
+    def v(self) -> SiteTensors:
+        """Values, `batch group key d_v`."""
+        return self["v"]
+
+    @property
+    def residual(self) -> SiteTensors:
+        """Residual stream entering each layer's block, and `"final"`, `batch query d_model`."""
+        return self["residual"]
+
+    def to_frame(self, kind: str = "pattern", prompt: int = 0) -> pd.DataFrame:
+        """A table of one prompt's weights or scores: site, head, query, key, tokens, value."""
+        if kind not in ("pattern", "scores"):
+            raise InputError(f"Only 'pattern' and 'scores' are tables of tokens, not {kind!r}.")
+        length = self.lengths[prompt]
+        words = self.tokens[prompt] if self.tokens else tuple(map(str, range(length)))
+        queries = self.rows[prompt] if self.rows is not None else tuple(range(length))
+        frames: list[pd.DataFrame] = []
+        for site, tensor in self[kind].items():
+            own = tensor[prompt, :, : len(queries), :length].float().cpu()
+            index = pd.MultiIndex.from_product(
+                [[site], self.heads[site], queries, range(own.shape[-1])],
+                names=["site", "head", "query", "key"],
+            )
+            frame = pd.DataFrame({kind: own.flatten().numpy()}, index=index).reset_index()
+            frames.append(frame)
+        table = pd.concat(frames, ignore_index=True)
+        if not any("." in site for site in self[kind]):
+            table.insert(3, "query_token", [words[i] for i in table["query"]])
+            table.insert(5, "key_token", [words[i] for i in table["key"]])
+        return table
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Streamed statistics: `statistics["entropy"]["L3"]` is `prompt head`, others have more axes."""
+
+    anatomy: Anatomy
+    tokens: tuple[tuple[str, ...], ...]
+    lengths: tuple[int, ...]
+    values: Mapping[str, SiteTensors]
+    columns: Mapping[str, tuple[str, ...]]
+    """Names of the numbers a head of each statistic; empty for those that are no table."""
+
+    def __getitem__(self, reducer: str) -> SiteTensors:
+        """One statistic, by site."""
+        if reducer not in self.values:
+            raise InputError(f"{reducer!r} was not measured; there is {', '.join(self.values)}.")
+        return self.values[reducer]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a head: means over the prompts of the statistics that are a few numbers a head."""
+        rows: list[dict[str, Any]] = []
+        for site in self.anatomy.sites:
+            measured = {name: t[site.name] for name, t in self.values.items() if site.name in t}
+            for head in range(site.heads if measured else 0):
+                row: dict[str, Any] = {"head": str(site.head(head)), "site": site.name}
+                row |= {"layer": site.layer, "index": head}
+                for name, tensor in measured.items():
+                    means = tensor[:, head].double().nanmean(0).flatten().tolist()
+                    row |= dict(zip(self.columns[name], means, strict=False))
+                rows.append(row)
+        return pd.DataFrame(rows)
