@@ -1,0 +1,20 @@
+"""Prompts with known answers: clean and corrupt pairs, where they are graded, and a metric."""
+
+from attnlens.tasks.indirect_object import indirect_object
+from attnlens.tasks.key_value import key_value
+from attnlens.tasks.metrics import accuracy, logit_difference, loss
+from attnlens.tasks.needle import needle
+from attnlens.tasks.repeated import repeated_tokens
+from attnlens.tasks.task import Task, TaskModel
+
+__all__ = [
+    "Task",
+    "TaskModel",
+    "accuracy",
+    "indirect_object",
+    "key_value",
+    "logit_difference",
+    "loss",
+    "needle",
+    "repeated_tokens",
+]
