@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from attnlens.analyses.rollout import rollout
     from attnlens.analyses.sinks import sinks
     from attnlens.graphs.flow import rollout_graph
+    from attnlens.hooks.edits import Mean, Scale, Uniform, Zero
+    from attnlens.hooks.reducers import (
+        ArgMax,
+        ColumnMass,
+        DuplicateMass,
+        Entropy,
+        FirstTokenMass,
+        InductionMass,
+        MeanDistance,
+        OffsetMass,
+    )
     from attnlens.lens import Lens, load
     from attnlens.views import show
 
@@ -21,7 +32,19 @@ __version__ = "0.1.0"
 
 # Where each public name lives; a room is its own module.
 _HOMES = {
+    "ArgMax": "attnlens.hooks.reducers",
+    "ColumnMass": "attnlens.hooks.reducers",
+    "DuplicateMass": "attnlens.hooks.reducers",
+    "Entropy": "attnlens.hooks.reducers",
+    "FirstTokenMass": "attnlens.hooks.reducers",
+    "InductionMass": "attnlens.hooks.reducers",
     "Lens": "attnlens.lens",
+    "Mean": "attnlens.hooks.edits",
+    "MeanDistance": "attnlens.hooks.reducers",
+    "OffsetMass": "attnlens.hooks.reducers",
+    "Scale": "attnlens.hooks.edits",
+    "Uniform": "attnlens.hooks.edits",
+    "Zero": "attnlens.hooks.edits",
     "ablate": "attnlens.analyses.ablation",
     "head_types": "attnlens.analyses.head_types",
     "load": "attnlens.lens",
@@ -34,7 +57,19 @@ _HOMES = {
 _ROOMS = frozenset({"analyses", "errors", "graphs", "tasks", "views", "zoo"})
 
 __all__ = [
+    "ArgMax",
+    "ColumnMass",
+    "DuplicateMass",
+    "Entropy",
+    "FirstTokenMass",
+    "InductionMass",
     "Lens",
+    "Mean",
+    "MeanDistance",
+    "OffsetMass",
+    "Scale",
+    "Uniform",
+    "Zero",
     "__version__",
     "ablate",
     "analyses",
