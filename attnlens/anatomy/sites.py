@@ -94,6 +94,8 @@ class Anatomy:
     final_norm: str | None
     unembedding: str | None
     parameters: int
+    unseen: tuple[str, ...] = ()
+    """Attention modules that ran outside transformers' attention interface and cannot be seen."""
 
     def __getitem__(self, name: str | int) -> Site:
         """The site of a name (`"L3"`, `"cross.L3"`) or of a layer number in the unnamed stack."""
@@ -210,6 +212,9 @@ class Anatomy:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
+        if self.unseen:
+            names = ", ".join(self.unseen[:3]) + (", ..." if len(self.unseen) > 3 else "")
+            lines.append(f"not seen, outside the attention interface: {names}")
         return "\n".join([head, ", ".join(filter(None, extras)), *lines])
 
 

@@ -159,7 +159,7 @@ class _Compare:
         return ()
 
     def see(self, site: Site, call: Call) -> Call:
-        pattern = Rows.of(call, site.upcast).dense()
+        pattern = Rows.at(site, call).dense()
         real = self._sides.queries(site).cut(pattern.shape[2]).real
         if real is not None:
             pattern = pattern * real[:, None, :, None]

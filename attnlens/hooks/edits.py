@@ -101,7 +101,7 @@ class Uniform:
 
 def z_of_rows(site: Site, call: Call, heads: Tensor) -> Float[Tensor, "batch query head d_v"]:
     """z of some heads from their rows as edited, a block at a time."""
-    rows = Rows.of(call, site.upcast).select(heads)
+    rows = Rows.at(site, call).select(heads)
     value = call.value[:, heads // (site.heads // site.groups)]
     parts: list[Tensor] = []
     for part in rows.blocks():

@@ -189,7 +189,7 @@ class Keep:
         return call
 
     def _dense(self, site: Site, call: Call, heads: Tensor, scores: bool) -> Tensor:
-        rows = Rows.of(call, site.upcast).select(heads)
+        rows = Rows.at(site, call).select(heads)
         wanted = self._request.rows
         if wanted is None:
             return rows.dense(scores=scores)

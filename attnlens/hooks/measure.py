@@ -38,7 +38,7 @@ class Measure:
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:
         """Reduce one call; the call itself is left alone."""
-        rows = Rows.of(call, site.upcast)
+        rows = Rows.at(site, call)
         layout = self._layout(site, rows)
         states = [reducer.start(layout) for reducer in self._reducers]
         for block in blocks(rows, layout, self._block_bytes):

@@ -97,6 +97,8 @@ class _Probe:
     calls: list[_Seen] = field(default_factory=list)
     unembedding_input: Tensor | None = None
     final_norm: str | None = None
+    unseen: tuple[str, ...] = ()
+    _ran: list[str] = field(default_factory=list)
     _norms: list[tuple[str, Tensor]] = field(default_factory=list)
     _names: dict[int, str] = field(default_factory=dict)
     _undo: list[Any] = field(default_factory=list)
@@ -122,6 +124,9 @@ class _Probe:
                 lambda module, args, name=name: self._projected(name, module, args)
             )
             self._undo.append(handle.remove)
+        if _is_attention(module) and not any(map(_is_attention, list(module.modules())[1:])):
+            handle = module.register_forward_hook(lambda *_, name=name: self._ran.append(name))
+            self._undo.append(handle.remove)
         if "norm" in type(module).__name__.lower():
             handle = module.register_forward_hook(
                 lambda _m, _a, output, name=name: self._norms.append((name, output))
@@ -137,6 +142,14 @@ class _Probe:
                     self.final_norm = name
                     break
         self._norms.clear()
+        seen = [seen.module for seen in self.calls]
+        self.unseen = tuple(
+            name
+            for name in dict.fromkeys(self._ran)
+            if not any(
+                s == name or s.startswith(name + ".") or name.startswith(s + ".") for s in seen
+            )
+        )
 
     def attended(self, call: Call) -> Call:
         name = self._names[id(call.module)]
@@ -153,6 +166,10 @@ class _Probe:
             seen = self.calls[-1]
             if _same(args[0], seen.call.output):
                 seen.output = name
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -193,6 +210,7 @@ def _anatomy(model: nn.Module, probe: _Probe, inputs: Mapping[str, Any]) -> Anat
         context=_context(model, text),
         final_norm=probe.final_norm,
         unembedding=names.get(id(unembedding)) if unembedding is not None else None,
+        unseen=probe.unseen,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
@@ -213,8 +231,8 @@ def _context(model: nn.Module, text: Any) -> int | None:
 def _site(model: nn.Module, seen: _Seen) -> Site:
     call = seen.call
     queries, keys = call.query.shape[2], call.key.shape[2]
-    upcast = softmax_in_float32(call)
-    rows = Rows.of(call, upcast)
+    upcast, sinks = softmax_rule(call)
+    rows = Rows.of(call, upcast, sinks)
     cross = queries != keys
     causal = False
     if not cross and queries > 1:
@@ -252,11 +270,16 @@ def _block(model: nn.Module, module: str) -> str | None:
     return None
 
 
-def softmax_in_float32(call: Call) -> bool:
-    """Whether a module's eager attention takes its softmax in float32 even of float64 scores."""
+def softmax_rule(call: Call) -> tuple[bool, bool]:
+    """How a module's eager attention takes its softmax: (in float32, with learned sinks).
+
+    Its eager function is run in float64 on the call's own q and k and compared with the rows of each
+    rule; a float32 softmax leaves errors near 6e-8 there, a float64 one near 1e-16.
+    """
+    usual = (call.query.dtype != torch.float64, True)
     eager = eager_function(call.module)
     if eager is None:
-        return call.query.dtype != torch.float64
+        return usual
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in call.arguments.items()
@@ -267,10 +290,12 @@ def softmax_in_float32(call: Call) -> bool:
     try:
         _, weights = eager(call.module, query, key, value, mask, **wide)
     except (TypeError, RuntimeError, ValueError):
-        return call.query.dtype != torch.float64
+        return usual
     if weights is None:
-        return call.query.dtype != torch.float64
-    exact = replace(call, query=query, key=key, value=value, mask=mask, arguments=wide)
-    ideal = Rows.of(replace(exact, kernel="eager")).dense()
-    # A float32 softmax leaves errors near 6e-8 in its larger weights, a float64 one near 1e-16.
-    return bool((weights.double() - ideal).abs().max() > 1e-12)
+        return usual
+    exact = replace(
+        call, kernel="eager", query=query, key=key, value=value, mask=mask, arguments=wide
+    )
+    rules = [(upcast, sinks) for upcast in (False, True) for sinks in (True, False)]
+    errors = [float((weights - Rows.of(exact, *rule).dense()).abs().max()) for rule in rules]
+    return rules[errors.index(min(errors))]

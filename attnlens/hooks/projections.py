@@ -123,6 +123,9 @@ def _best(
     """For each wanted channel the feature that points the same way; None if one has none."""
     if wanted.shape[1] < 4:
         return None
+    # Without their means over the prompts, so that a bias on either side does not matter.
+    wanted = wanted - wanted.mean(1, keepdim=True)
+    given = given - given.mean(1, keepdim=True)
     unit = wanted / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)
     norms = given.norm(dim=1, keepdim=True).clamp_min(1e-30)
     cosine, index = (unit @ (given / norms).T).max(1)

@@ -47,14 +47,18 @@ class Block:
         return torch.arange(self.rows.start, self.rows.stop, device=layout.device) + layout.offset
 
     @cached_property
-    def peak(self) -> tuple[Float[Tensor, "batch head row"], Int[Tensor, "batch head row"]]:
-        """Largest weight of each row and the key (in the block) that has it."""
-        values, indices = self.pattern.max(-1)
-        return values, indices
+    def peak(self) -> Float[Tensor, "batch head row"]:
+        """Largest weight of each row."""
+        return self.pattern.amax(-1)
 
-    def add_rows(self, values: Float[Tensor, "batch head row"]) -> Float[Tensor, "batch head"]:
-        """Sum over the real rows."""
-        return (values if self.weights is None else values * self.weights).sum(-1)
+    @cached_property
+    def row_sums(self) -> Float[Tensor, "batch head row"]:
+        """Sum of each row: 1, or less where learned sinks take a share."""
+        return self.pattern.sum(-1)
+
+    def mass_on(self, chosen: Bool[Tensor, "batch #row key"]) -> Float[Tensor, "batch head row"]:
+        """Weight of each row on the chosen keys."""
+        return (self.pattern * chosen[:, None].to(self.pattern.dtype)).sum(-1)
 
     def at(self, keys: Int[Tensor, "#batch row"]) -> Float[Tensor, "batch head row"]:
         """Weight of one key a row; 0 where the key is outside the block."""
@@ -172,10 +176,10 @@ class Entropy(RowMean):
         if not block.softmax_of_scores:
             state.add(block, torch.special.entr(block.pattern).sum(-1))
             return
-        weight, key = block.peak
-        lse = block.scores.gather(-1, key[..., None])[..., 0] - weight.clamp_min(1e-30).log()
+        # The largest score and the largest weight are of the same key: ln A = score - lse there.
+        lse = block.scores.amax(-1) - block.peak.clamp_min(1e-30).log()
         mean_score = (block.pattern * block.scores).sum(-1)
-        state.add(block, (lse * block.pattern.sum(-1) - mean_score).clamp_min(0))
+        state.add(block, (lse * block.row_sums - mean_score).clamp_min(0))
 
 
 @dataclass(frozen=True)
@@ -191,11 +195,11 @@ class MeanDistance(RowMean):
         if state.layout.site.causal:
             # Taken from the block's first row on: all terms but a few have one sign, none cancels.
             start = int(block.positions[0])
-            sums = block.pattern @ torch.stack([start - keys, torch.ones_like(keys)], -1).to(dtype)
-            values = sums[..., 0] + sums[..., 1] * (block.positions - start).to(dtype)
+            back = block.pattern @ (start - keys).to(dtype)
+            values = back + block.row_sums * (block.positions - start).to(dtype)
         else:
             far = (block.positions[:, None] - keys).abs().to(dtype)
-            values = torch.einsum("bhtk,tk->bht", block.pattern, far)
+            values = (block.pattern * far).sum(-1)
         state.add(block, values)
 
 
@@ -247,8 +251,7 @@ class TokenMass(RowMean):
         """Add the weight on the chosen keys."""
         ids = _known(state.layout.key_tokens.ids, self.name)[:, block.keys]
         wanted = torch.tensor(sorted(self.ids), dtype=ids.dtype, device=ids.device)
-        chosen = torch.isin(ids, wanted).to(block.pattern.dtype)
-        state.add(block, (block.pattern @ chosen[:, None, :, None])[..., 0])
+        state.add(block, block.mass_on(torch.isin(ids, wanted)[:, None]))
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,12 @@ class ArgMax:
     def update(self, state: tuple[Layout, Tensor], block: Block) -> None:
         """Note the largest key of each row."""
         layout, keys = state
-        keys[..., block.rows] = block.peak[1] + block.keys.start - layout.first_key()[:, None, None]
+        count = block.pattern.shape[-1]
+        # The first of equal weights wins; a maximum over places is many times faster than argmax.
+        from_end = torch.arange(count, 0, -1, device=block.pattern.device, dtype=torch.float32)
+        at_peak = block.pattern == block.peak[..., None]
+        found = count - torch.where(at_peak, from_end, 0.0).amax(-1).long()
+        keys[..., block.rows] = found + block.keys.start - layout.first_key()[:, None, None]
 
     def finish(self, state: tuple[Layout, Tensor]) -> Int[Tensor, "batch head query"]:
         """The keys, aligned."""
@@ -360,5 +368,4 @@ def _mass_after(
     matches &= (source >= 0) & (source + shift < block.positions[:, None])
     if layout.key_tokens.real is not None:
         matches &= layout.key_tokens.real[:, source.clamp_min(0)][:, None, :]
-    values = torch.einsum("bhtk,btk->bht", block.pattern, matches.to(block.pattern.dtype))
-    return values, matches.any(-1)
+    return block.mass_on(matches), matches.any(-1)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnlens.anatomy import Site
 from attnlens.errors import UnsupportedModelError
 from attnlens.hooks.seam import Call, PatternEdit
 from attnlens.kernels.rows import (
@@ -52,8 +53,12 @@ class Rows:
     """Head numbers where only some of the site's heads were selected."""
 
     @classmethod
-    def of(cls, call: Call, upcast: bool = False) -> Rows:
-        """Read a call's arguments the way the kernels of transformers do."""
+    def of(cls, call: Call, upcast: bool = False, sinks: bool = True) -> Rows:
+        """Read a call's arguments the way the kernels of transformers do.
+
+        Two facts are not in the call and are found by the probe: whether the module takes its
+        softmax in float32 whatever the dtype, and whether learned sinks take a share of its rows.
+        """
         arguments = call.arguments
         if arguments.get("indices") is not None:
             raise UnsupportedModelError(
@@ -71,10 +76,15 @@ class Rows:
             bias=arguments.get("position_bias"),
             mask=mask,
             causal=mask is None and call.kernel != "eager" and _is_causal(call),
-            sinks=_sinks(call),
+            sinks=_sinks(call) if sinks else None,
             softmax_dtype=torch.float32 if upcast else None,
             edits=call.pattern_edits,
         )
+
+    @classmethod
+    def at(cls, site: Site, call: Call) -> Rows:
+        """The rule of a call at a known site."""
+        return cls.of(call, site.upcast, site.sinks)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -185,13 +195,23 @@ class Rows:
         return pattern
 
     def blocks(self, budget: int = BLOCK_BYTES, rows: slice | None = None) -> Iterator[slice]:
-        """Query rows in blocks whose scores take at most `budget` bytes (one row at least)."""
+        """Query rows in blocks whose scores take about `budget` bytes (one row at least).
+
+        Causal rows near the start see few keys, so their blocks are taller.
+        """
         batch, heads, queries, keys = self.shape
         rows = rows or slice(0, queries)
-        wide = max(batch * heads * keys * max(self.query.element_size(), 4), 1)
-        size = max(1, min(budget // wide, 512))
-        for start in range(rows.start, rows.stop, size):
-            yield slice(start, min(start + size, rows.stop))
+        cells = budget // (batch * heads * max(self.query.element_size(), 4))
+        start = rows.start
+        while start < rows.stop:
+            if self.causal:
+                # rows * (start + rows) = cells
+                size = int((math.sqrt(start * start + 4 * cells) - start) / 2)
+            else:
+                size = cells // keys
+            stop = min(start + max(size, 1), rows.stop)
+            yield slice(start, stop)
+            start = stop
 
     def dense(
         self, rows: Sequence[int] | None = None, scores: bool = False

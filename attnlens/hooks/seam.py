@@ -101,7 +101,7 @@ def _register(kernel: str) -> str:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = _kernel_function(kernel, module)

@@ -56,6 +56,7 @@ class Session:
         self._modules = _by_module(anatomy.sites)
         self._names: dict[int, str] = {}
         self._calls: Counter[str] = Counter()
+        self._inside = False
         self._thread: int | None = None
         self._undo: list[Any] = []
 
@@ -74,8 +75,11 @@ class Session:
             for observer in self.observers:
                 for hook in observer.attach(self.model):
                     self._undo.append(hook.remove)
-            handle = self.model.register_forward_pre_hook(lambda *_: self._calls.clear())
-            self._undo.append(handle.remove)
+            for handle in (
+                self.model.register_forward_pre_hook(self._enter_forward),
+                self.model.register_forward_hook(self._leave_forward),
+            ):
+                self._undo.append(handle.remove)
         except BaseException:
             self.close()
             raise
@@ -104,13 +108,31 @@ class Session:
             return call
         name = self._names[id(call.module)]
         sites = self._modules[name]
-        site = sites[self._calls[name] % len(sites)]
-        self._calls[name] += 1
+        site = self._site(name, sites)
         self.fired[site.name] += 1
         for observer in self.observers:
             if site.name in observer.sites:
                 call = observer.see(site, call)
         return call
+
+    def _site(self, name: str, sites: Sequence[Site]) -> Site:
+        """Which of a module's sites this call is, by its number in the forward pass."""
+        call = self._calls[name]
+        if call >= len(sites) and self._inside:
+            raise SeamError(
+                f"{name} attended more often in this forward pass than the {len(sites)} times seen "
+                "when the model was examined (another number of images or chunks, perhaps). Open "
+                "the model with an input of this shape: al.load(model, example=...)."
+            )
+        self._calls[name] += 1
+        return sites[call % len(sites)]
+
+    def _enter_forward(self, *_: object) -> None:
+        self._calls.clear()
+        self._inside = True
+
+    def _leave_forward(self, *_: object) -> None:
+        self._inside = False
 
     def check_fired(self) -> None:
         """Raise if a site that an observer asked for was never called."""

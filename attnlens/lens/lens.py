@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, HeadSpec, Site
 from attnlens.anatomy.weights import HeadWeights
-from attnlens.errors import InputError
+from attnlens.errors import AttnlensError, InputError, UnsupportedModelError
 from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
 from attnlens.hooks.examples import example_inputs
@@ -42,7 +42,7 @@ class Lens:
         self.tokenizer = tokenizer
         self._given_example = dict(example) if example is not None else None
         self._example = self._given_example or example_inputs(model)
-        self.anatomy: Anatomy = examine(model, self._example)
+        self.anatomy: Anatomy = _examine(model, self._example, made_up=example is None)
         self._anatomies = {_modality(self._example): self.anatomy}
         self._encoder = Encoder(model, tokenizer, self.anatomy.context)
 
@@ -252,13 +252,35 @@ class Lens:
         return f"Lens({self.anatomy.model}, {len(self.anatomy.sites)} sites, {self.device})"
 
 
-def _modality(inputs: Mapping[str, Any]) -> frozenset[str]:
-    """The inputs that are not token ids or masks: they decide which towers run."""
-    return frozenset(
-        name
-        for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name
-    )
+def _examine(model: nn.Module, example: Mapping[str, Any], made_up: bool) -> Anatomy:
+    """The anatomy; a model that cannot run the made-up example is told apart from a broken one."""
+    try:
+        return examine(model, example)
+    except AttnlensError:
+        raise
+    except Exception as error:
+        if not made_up:
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on the example input that attnlens made up "
+            f"({', '.join(example)}): {error}. Give one, as the model's processor makes it: "
+            "al.load(model, example={...})."
+        ) from error
+
+
+def _modality(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:
+    """What decides which towers run, and how often: the inputs that are not tokens or masks.
+
+    A model may attend once an image, so the sizes of images count, and grids of image sizes.
+    """
+    found: set[tuple[str, object]] = set()
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and "mask" not in name:
+            if value.is_floating_point():
+                found.add((name, tuple(value.shape[1:])))
+            elif "grid" in name:
+                found.add((name, tuple(value.flatten().tolist())))
+    return frozenset(found)
 
 
 def _choose(
