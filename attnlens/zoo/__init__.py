@@ -1,0 +1,29 @@
+"""Models that ship with the package: one wired by hand, one trained. Imported when first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnlens.zoo.induction import induction_model
+    from attnlens.zoo.trained import small_path
+
+_HOMES = {
+    "induction_model": "attnlens.zoo.induction",
+    "small_path": "attnlens.zoo.trained",
+}
+
+__all__ = ["induction_model", "small_path"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attnlens.zoo' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported yet or not."""
+    return sorted(set(globals()) | set(__all__))
