@@ -1,0 +1,42 @@
+"""`show(result)`: a plotly figure of any result, by its type."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from attnlens.errors import InputError
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# The family of figures that draws each type. A family is imported when its first result is shown,
+# so that importing views needs neither plotly nor torch.
+_FAMILIES = {
+    "attnlens.lens.trace.Trace": "attnlens.views.heatmaps",
+    "attnlens.lens.trace.Statistics": "attnlens.views.grids",
+    "attnlens.anatomy.sites.Anatomy": "attnlens.views.tables",
+    "attnlens.hooks.check.Check": "attnlens.views.tables",
+    "attnlens.analyses.rollout.Rollout": "attnlens.views.heatmaps",
+    "attnlens.analyses.profile.Profile": "attnlens.views.grids",
+    "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
+    "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
+    "attnlens.analyses.ablation.Ablation": "attnlens.views.grids",
+}
+
+
+@singledispatch
+def show(result: Any, *options: Any, **named: Any) -> Figure:
+    """A plotly figure of a result: `show(trace, "L1H2")`, `show(profile)`, `show(ablation)`.
+
+    Traces take `heads` and `prompt`, rollouts `prompt` and `layer`, statistics and other results a
+    head `columns`. Raises InputError for what has no figure.
+    """
+    kind = type(result)
+    family = _FAMILIES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if family is None:
+        drawn = ", ".join(name.rpartition(".")[2] for name in _FAMILIES)
+        raise InputError(f"There is no figure of a {kind.__name__}; there are figures of {drawn}.")
+    import_module(family)
+    return show.dispatch(kind)(result, *options, **named)
