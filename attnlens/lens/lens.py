@@ -27,7 +27,7 @@ from attnlens.hooks.measure import Measure, merge
 from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
 from attnlens.hooks.reducers import Reducer
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
 from attnlens.lens.trace import SiteTensors, Statistics, Trace
 
@@ -130,6 +130,7 @@ class Lens:
             request.rows,
             output,
             {kind: SiteTensors(tensors) for kind, tensors in kept.kept.items()},
+            batch.sides,
         )
 
     def measure(
@@ -164,6 +165,14 @@ class Lens:
         }
         columns = {reducer.name: reducer.columns for reducer in reducers}
         return Statistics(anatomy, whole.tokens, whole.lengths, values, columns)
+
+    def observe(self, batch: Batch, *observers: Observer) -> Any:
+        """Run one batch with observers at the sites they ask for; returns the model's output.
+
+        For methods that neither `run` nor `measure` serves. Logits are those of the last position.
+        """
+        with Session(self.model, self._anatomy_for(batch), observers):
+            return self._forward(batch, last_logits=True)
 
     @contextmanager
     def edit(self, *edits: Edit) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnlens.anatomy import Anatomy
 from attnlens.errors import HeadError, InputError
+from attnlens.hooks.tokens import Sides
 
 
 class SiteTensors(Mapping[str, Tensor]):
@@ -58,14 +59,15 @@ class Trace:
 
     `z` is `batch head query d_v`, `result` `batch head query d_model`, `q` `batch head query d_qk`,
     `k` and `v` `batch group key d`, `residual` (the stream entering a layer's block, and `"final"`)
-    `batch query d_model`. Positions of padding stand at the right.
+    `batch query d_model`. Positions are those of the model's input: texts are padded on the right, and
+    `sides` says which positions are real.
     """
 
     anatomy: Anatomy
     tokens: tuple[tuple[str, ...], ...]
     """Token texts of each prompt, without padding."""
     ids: Tensor | None
-    """Token ids, `batch position`, padded on the right."""
+    """Token ids, `batch position`, with padding."""
     lengths: tuple[int, ...]
     heads: Mapping[str, tuple[int, ...]]
     """Heads kept at each site, in the order of the head axis."""
@@ -74,6 +76,8 @@ class Trace:
     output: Any
     """What the model returned."""
     kept: Mapping[str, SiteTensors]
+    sides: Sides
+    """Token ids and real positions of the text, and of the decoder where there is one."""
 
     def __getitem__(self, kind: str) -> SiteTensors:
         """Tensors of one kind, by site."""
