@@ -74,8 +74,7 @@ def add_grid(
     """Draw one stack's grid of one quantity into a subplot, with its own colour bar."""
     values, texts = _grid(frame, quantity)
     layers = sorted(frame["layer"].unique())
-    layout: Any = figure.layout
-    used = len([name for name in layout if name.startswith("coloraxis")])
+    used = len({trace.coloraxis for trace in figure.select_traces("heatmap")})
     axis = f"coloraxis{used + 1 if used else ''}"
     figure.add_trace(
         go.Heatmap(
