@@ -66,7 +66,10 @@ class Rows:
                 "mask, so its rows cannot be recomputed from q and k."
             )
         keys = call.key.shape[2]
-        mask = call.mask if call.mask is None else call.mask[..., :keys]
+        # Some encoders give one row of mask for all queries.
+        mask = call.mask
+        if mask is not None:
+            mask = mask[..., :keys].expand(-1, -1, call.query.shape[2], -1)
         scaling = arguments.get("scaling")
         return cls(
             query=call.query,
