@@ -66,7 +66,8 @@ def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Anatomy:
             "seam, before anything is asked: its code treats attention kernels by name, or a "
             "forward pass is random. Its figures would not be the model's own."
         )
-    return _anatomy(model, probe, inputs)
+    with torch.no_grad():
+        return _anatomy(model, probe, inputs)
 
 
 def refuse_bridge(model: nn.Module) -> None:

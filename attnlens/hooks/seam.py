@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from attnlens.errors import UnsupportedModelError
+from attnlens.errors import SeamError, UnsupportedModelError
 
 PREFIX = "attnlens-"
 _LISTENERS = "_attnlens_listeners"
@@ -136,6 +136,10 @@ class _Switched:
         self._lock = threading.Lock()
         self._held: dict[int, tuple[PretrainedConfig, str | None, int]] = {}
 
+    def holds(self, configs: Iterable[PretrainedConfig]) -> bool:
+        with self._lock:
+            return any(id(config) in self._held for config in configs)
+
     def acquire(self, configs: Iterable[PretrainedConfig]) -> None:
         with self._lock:
             for config in configs:
@@ -163,6 +167,12 @@ _switched = _Switched()
 def kernel(model: nn.Module, name: str) -> Iterator[None]:
     """Run a model on another attention kernel for a while; no session may be open on it."""
     configs = attention_configs(model)
+    if _switched.holds(configs):
+        raise SeamError(
+            f"{type(model).__name__}, or a model of the same config, is attached to a session now, "
+            "so its attention kernel cannot be changed. Close the session (leave `with "
+            "lens.edit(...)`) first."
+        )
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:

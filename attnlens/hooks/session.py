@@ -77,7 +77,7 @@ class Session:
                     self._undo.append(hook.remove)
             for handle in (
                 self.model.register_forward_pre_hook(self._enter_forward),
-                self.model.register_forward_hook(self._leave_forward),
+                self.model.register_forward_hook(self._leave_forward, always_call=True),
             ):
                 self._undo.append(handle.remove)
         except BaseException:
@@ -128,11 +128,15 @@ class Session:
         return sites[call % len(sites)]
 
     def _enter_forward(self, *_: object) -> None:
-        self._calls.clear()
-        self._inside = True
+        self._count_anew(inside=True)
 
     def _leave_forward(self, *_: object) -> None:
-        self._inside = False
+        self._count_anew(inside=False)
+
+    def _count_anew(self, inside: bool) -> None:
+        if threading.get_ident() == self._thread:
+            self._calls.clear()
+            self._inside = inside
 
     def check_fired(self) -> None:
         """Raise if a site that an observer asked for was never called."""

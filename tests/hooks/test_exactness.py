@@ -20,8 +20,8 @@ from tests.architectures import ARCHITECTURES, Architecture, Inputs, names
 from tests.oracles.attention import compare_with_eager
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-# A model that takes its softmax in float32 whatever its dtype sums each row in float32; a block that
-# leaves out hidden keys sums in another order, which moves the last place.
+# A model that takes its softmax in float32 whatever its dtype sums each row in float32; a block
+# that leaves out hidden keys sums in another order, which moves the last place.
 LAST_PLACE = 2.4e-7
 
 

@@ -68,7 +68,7 @@ class Seen:
     dense: Tensor
     streamed: Tensor
     padded: Tensor | None
-    """Which query rows stand for padding; None where the site's length is not that of the tokens."""
+    """Which query rows stand for padding; None where that is not known."""
 
     def error(self, rows: Tensor) -> float:
         """Largest difference from the eager weights over the rows that see a key."""
@@ -97,9 +97,9 @@ def compare_with_eager(
     sides = Sides.of(inputs)
     recorder = Recorder(frozenset(site.name for site in anatomy.sites))
     measure = Measure(anatomy.sites, [Collect()], sides, block_bytes)
-    with torch.no_grad(), seam.kernel(model, "eager"):
-        with Session(model, anatomy, [recorder, measure]):
-            model(**inputs)
+    session = Session(model, anatomy, [recorder, measure])
+    with torch.no_grad(), seam.kernel(model, "eager"), session:
+        model(**inputs)
     found: list[Seen] = []
     for site in anatomy.sites:
         eager, dense = recorder.weights[site.name], recorder.rows[site.name]
