@@ -47,6 +47,15 @@ class Block:
         return torch.arange(self.rows.start, self.rows.stop, device=layout.device) + layout.offset
 
     @cached_property
+    def partners(self) -> Int[Tensor, "#batch row"]:
+        """Key position at the same distance from the first real key as each row from the first row.
+
+        The row's own position, but in cross-attention, where each side may have its own padding.
+        """
+        shift = self.layout.first_key() - self.layout.first_query()
+        return self.positions + shift[:, None]
+
+    @cached_property
     def peak(self) -> Float[Tensor, "batch head row"]:
         """Largest weight of each row."""
         return self.pattern.amax(-1)
@@ -198,7 +207,7 @@ class MeanDistance(RowMean):
             back = block.pattern @ (start - keys).to(dtype)
             values = back + block.row_sums * (block.positions - start).to(dtype)
         else:
-            far = (block.positions[:, None] - keys).abs().to(dtype)
+            far = (block.partners[:, None, :, None] - keys).abs().to(dtype)
             values = (block.pattern * far).sum(-1)
         state.add(block, values)
 
@@ -225,7 +234,7 @@ class OffsetMass:
     def update(self, state: list[Mean], block: Block) -> None:
         """Add one diagonal an offset."""
         for mean, offset in zip(state, self.offsets, strict=True):
-            keys = (block.positions - offset)[None]
+            keys = block.partners - offset
             exists = (keys >= 0) & (keys < mean.layout.keys)
             real = mean.layout.key_tokens.real
             if real is not None:
@@ -362,10 +371,11 @@ def _mass_after(
     """Weight on keys `shift` after earlier copies of each row's token, and the rows that have one."""
     queries = _known(layout.query_tokens.ids, name)[:, block.rows]
     keys = _known(layout.key_tokens.ids, name)
-    source = torch.arange(block.keys.start, block.keys.stop, device=keys.device) - shift
+    # Every key up to the row, those outside its window too: which rows count is a fact of the text.
+    source = torch.arange(block.keys.stop, device=keys.device) - shift
     copied = keys[:, source.clamp_min(0)]
     matches = queries[:, :, None] == copied[:, None, :]
     matches &= (source >= 0) & (source + shift < block.positions[:, None])
     if layout.key_tokens.real is not None:
         matches &= layout.key_tokens.real[:, source.clamp_min(0)][:, None, :]
-    return block.mass_on(matches), matches.any(-1)
+    return block.mass_on(matches[..., block.keys]), matches.any(-1)

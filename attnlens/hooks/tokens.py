@@ -99,6 +99,12 @@ class Layout:
         """Position of each prompt's first real key (0 unless padded on the left)."""
         return _first_real(self.key_tokens.real, self.batch, self.device)
 
+    def first_query(self) -> Int[Tensor, " batch"]:
+        """Position of each prompt's first real row among the keys of its own text."""
+        if self.site.kind != "cross":
+            return self.first_key()
+        return _first_real(self.query_tokens.real, self.batch, self.device)
+
     def align_keys(self, values: Tensor, fill: float) -> Tensor:
         """`batch head key` shifted so that the first real key is column 0; the rest is `fill`."""
         return _align(values, self.key_tokens.real, fill)
