@@ -1,0 +1,70 @@
+"""How sure a mean over prompts is: percentile bootstrap intervals."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.errors import InputError
+
+_AT_ONCE = 2_000_000  # resampled means held at a time, 16 MB in float64
+
+
+class Interval(NamedTuple):
+    """A mean over prompts and the bounds of its interval."""
+
+    mean: Float[Tensor, "*statistic"]
+    low: Float[Tensor, "*statistic"]
+    high: Float[Tensor, "*statistic"]
+
+
+def bootstrap_mean(
+    values: Float[Tensor, "prompt *statistic"],
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean over prompts with its percentile bootstrap interval, for each statistic on its own.
+
+    NaN prompts are left out; one set of resampled prompts serves all statistics. The bounds are NaN
+    where fewer than two prompts count, the mean too where none does. Float64, on the CPU.
+    Efron 1979.
+
+    Raises:
+        InputError: no prompts, no resamples, or a confidence outside 0 to 1.
+
+    """
+    if values.ndim == 0 or values.shape[0] == 0 or resamples < 1 or not 0 < confidence < 1:
+        raise InputError(
+            f"Cannot bootstrap values of shape {list(values.shape)} with {resamples} resamples and "
+            f"confidence {confidence}: give a prompt at least, a resample, and 0 < confidence < 1."
+        )
+    flat = values.detach().double().cpu().reshape(len(values), values[0].numel())
+    known = ~flat.isnan()
+    prompts, statistics = flat.shape
+    times = _times_drawn(prompts, resamples, seed)
+    tail = (1 - confidence) / 2
+    bounds = torch.full((2, statistics), torch.nan, dtype=torch.float64)
+    step = max(1, _AT_ONCE // resamples)
+    for start in range(0, statistics, step):
+        part = slice(start, start + step)
+        counts = times @ known[:, part].double()
+        means = times @ flat[:, part].nan_to_num(0.0) / counts
+        wanted = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+        # A resample may miss every prompt that counts; such a one says nothing and is left out.
+        quantile = torch.nanquantile if bool((counts == 0).any()) else torch.quantile
+        bounds[:, part] = quantile(means, wanted, dim=0)
+    bounds[:, known.sum(0) < 2] = torch.nan
+    shape = values.shape[1:]
+    return Interval(flat.nanmean(0).view(shape), bounds[0].view(shape), bounds[1].view(shape))
+
+
+def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
+    """How often each prompt is drawn in each resample of as many prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
+    times = torch.zeros(resamples, prompts, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
