@@ -25,7 +25,8 @@ def repeated_tokens(
 
     """
     check_prompts(prompts, NAME)
-    usable = [i for i in range(model.vocab_size) if i not in model.special_ids]
+    kept_out = model.special_ids | {model.bos_id}
+    usable = [i for i in range(model.vocab_size) if i not in kept_out]
     if not 3 <= period <= len(usable):
         raise TaskError(
             f"task {NAME!r}: period={period}; it must lie between 3 and {len(usable)}, the number "
