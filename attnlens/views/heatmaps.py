@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from attnlens.analyses.rollout import Rollout
 from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.lens.trace import Trace
@@ -46,6 +47,20 @@ def show_trace(trace: Trace, heads: HeadSpec | None = None, prompt: int = 0) -> 
     if len(asked) == 1:
         return _one(trace, asked[0], maps[asked[0]], prompt)
     return _panels(trace, maps, prompt)
+
+
+@show.register
+def show_rollout(rollout: Rollout, prompt: int = 0, layer: int = -1) -> go.Figure:
+    """Attention rollout of one prompt after a layer of the rollout; -1 is the last."""
+    check_prompt(prompt, len(rollout.tokens))
+    if not -len(rollout.layers) <= layer < len(rollout.layers):
+        raise InputError(f"There is no layer {layer}; the rollout has {', '.join(rollout.layers)}.")
+    values = rollout.of(prompt)[layer].double().cpu().numpy()
+    if not np.triu(values, 1).any():
+        values = np.where(np.triu(np.ones_like(values), 1) > 0, np.nan, values)
+    labels = position_labels(rollout.tokens[prompt], len(values))
+    title = f"Attention rollout up to {rollout.layers[layer]}"
+    return token_map(values, labels, labels, title, "share")
 
 
 def check_prompt(prompt: int, count: int) -> None:

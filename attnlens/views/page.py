@@ -60,6 +60,10 @@ class Page:
         """A paragraph set apart: a caution, or what was left out."""
         self._body.append(element("p", *parts, class_="note"))
 
+    def add(self, markup: Html) -> None:
+        """Markup of one's own."""
+        self._body.append(markup)
+
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str | Cell]], caption: str = ""
     ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from plotly.subplots import make_subplots
 
 from attnlens.views.theme import colour_axis, styled
 
+PLACE = ("head", "site", "layer", "index")
+"""The columns of a table of heads that say which head a row is."""
 Span = tuple[float, float]
 Grid = Float[np.ndarray, "layer head"]
 
@@ -30,8 +33,6 @@ class Quantity:
     """Signed numbers diverge from 0; others run from `low` (0) upwards."""
     high: float | None = None
     """Top of the colour scale; the largest value where not given."""
-    interval: tuple[str, str] | None = None
-    """Columns of the interval's ends."""
 
 
 def head_grids(
@@ -39,13 +40,14 @@ def head_grids(
 ) -> go.Figure:
     """A figure of grids: for each quantity one panel a stack, layers down and heads across.
 
-    `frame` has one row a head with the columns head, site, layer, index and the quantities'.
+    `frame` has one row a head with the columns head, site, layer, index and the quantities'; where
+    it has `_low` and `_high` of a quantity, the hover text gives them as its interval.
     """
     stacks = list(dict.fromkeys(stack_of(site) for site in frame["site"]))
     cells = [(quantity, stack) for quantity in quantities for stack in stacks]
     across = min(across, len(cells))
     down = -(-len(cells) // across)
-    named = [f"{q.title} · {stack}" if stack else q.title for q, stack in cells]
+    named = [html.escape(f"{q.title} · {stack}" if stack else q.title) for q, stack in cells]
     layers = max(_of_stack(frame, stack)["layer"].nunique() for stack in stacks)
     height = int(np.clip(26 * layers + 60, 150, 460))
     figure = make_subplots(
@@ -129,6 +131,12 @@ def number_text(value: float) -> str:
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
+def interval_text(record: Mapping[str, Any], column: str) -> str:
+    """The bounds of a number, out of the columns that end in `_low` and `_high`."""
+    low, high = (number_text(record[f"{column}_{end}"]) for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
 def _of_stack(frame: pd.DataFrame, stack: str) -> pd.DataFrame:
     return frame.loc[[stack_of(site) == stack for site in frame["site"]]]
 
@@ -142,10 +150,10 @@ def _grid(frame: pd.DataFrame, quantity: Quantity) -> tuple[Grid, list[list[str]
     for record in records:
         row, index = layers.index(record["layer"]), int(record["index"])
         values[row, index] = record[quantity.column]
-        text = f"<b>{record['head']}</b> {quantity.title} {number_text(values[row, index])}"
-        if quantity.interval is not None:
-            low, high = (number_text(record[end]) for end in quantity.interval)
-            text += f"<br>95 % interval {low} to {high}"
+        shown = number_text(values[row, index])
+        text = f"<b>{record['head']}</b> {html.escape(quantity.title)} {shown}"
+        if f"{quantity.column}_low" in record:
+            text += f"<br>interval {interval_text(record, quantity.column)}"
         texts[row][index] = text
     return values, texts
 

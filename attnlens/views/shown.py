@@ -22,7 +22,7 @@ _FAMILIES = {
     "attnlens.analyses.profile.Profile": "attnlens.views.grids",
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
     "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
-    "attnlens.analyses.ablation.Ablation": "attnlens.views.grids",
+    "attnlens.analyses.ablation.Ablation": "attnlens.views.ranking",
 }
 
 

@@ -73,3 +73,13 @@ def _table(title: str, columns: Sequence[str], rows: Rows) -> go.Figure:
         )
     )
     return styled(figure, title, min(90 + 24 * (len(rows) + 2), 900))
+
+
+def aligned(columns: Sequence[str], rows: Rows) -> str:
+    """A table as lines of text."""
+    table = [tuple(columns), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )

@@ -1,0 +1,7 @@
+"""`python -m attnlens.cli`."""
+
+import sys
+
+from attnlens.cli.app import main
+
+sys.exit(main())

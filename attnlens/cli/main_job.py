@@ -1,0 +1,156 @@
+"""The main job: what a model's heads do and which matter, in one folder, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attnlens.analyses.ablation import Ablation, ablate
+from attnlens.analyses.head_types import HeadTypes, head_types
+from attnlens.analyses.profile import Profile, profile
+from attnlens.analyses.rollout import Rollout, rollout
+from attnlens.analyses.sinks import Sinks, sinks
+from attnlens.cli.output import staged
+from attnlens.cli.progress import Steps, silent
+from attnlens.cli.texts import cut_texts
+from attnlens.errors import TaskError
+from attnlens.lens import Lens, Trace
+from attnlens.tasks import Task, indirect_object, key_value, needle, repeated_tokens
+from attnlens.views.findings import Findings
+from attnlens.views.report import write_report
+
+TASKS: dict[str, Callable[[Lens, int], Task]] = {
+    "repeat": lambda lens, prompts: repeated_tokens(lens, prompts),
+    "ioi": lambda lens, prompts: indirect_object(lens, prompts),
+    "key-value": lambda lens, prompts: key_value(lens, prompts),
+    "needle": lambda lens, prompts: needle(lens, prompts),
+}
+PROMPT_TOKENS = 40
+"""The prompt of the heat maps is at most so long: its labels can be read."""
+
+
+def run_report(
+    lens: Lens,
+    texts: Sequence[str],
+    task: Task | None,
+    out: str | Path,
+    *,
+    name: str = "model",
+    mode: str = "zero",
+    steps: Steps = silent,
+) -> Findings:
+    """Find out what a model's heads do and write it to the folder `out`.
+
+    Self-check, profile, sinks, head types, attention and rollout of one prompt, ablation of every
+    head on the task. Writes index.html, heads.csv, heads.parquet, rollout.graphml and figures/; on
+    an error or an interrupt `out` is as it was. Parts that the model has nothing for are left out,
+    and the findings say why. Raises what the parts raise, and FileError.
+    """
+    with staged(Path(out)) as folder:
+        findings = find_out(lens, texts, task, name=name, mode=mode, steps=steps)
+        with steps("Writing the report"):
+            write_report(findings, folder)
+    return findings
+
+
+def find_out(
+    lens: Lens,
+    texts: Sequence[str],
+    task: Task | None,
+    *,
+    name: str = "model",
+    mode: str = "zero",
+    steps: Steps = silent,
+) -> Findings:
+    """Everything that `run_report` writes, as one value."""
+    left_out: list[str] = []
+    with steps("Checking the instrument"):
+        check = lens.check()
+        check.raise_problems()
+    read = _read(lens, list(texts), steps, left_out)
+    prompt = _prompt(lens, texts, steps, left_out)
+    ablation = _ablation(lens, task, mode, steps, left_out)
+    return Findings(
+        name, lens.anatomy, check, tuple(texts), *read, *prompt, ablation, tuple(left_out)
+    )
+
+
+def build_task(lens: Lens, name: str, prompts: int) -> Task | None:
+    """The task of a name; None for "none" and for models that no task can grade.
+
+    Raises TaskError for an unknown name, and where the model's tokens do not allow the task.
+    """
+    if name != "none" and name not in TASKS:
+        raise TaskError(f"There is no task {name!r}; choose {', '.join(TASKS)} or none.")
+    if name == "none" or no_grading(lens) is not None:
+        return None
+    return TASKS[name](lens, prompts)
+
+
+def no_grading(lens: Lens) -> str | None:
+    """Why a model cannot be graded on what token comes next; None where it can."""
+    anatomy = lens.anatomy
+    if any(site.kind != "self" for site in anatomy.sites):
+        return "the tasks ask for the next token, and heads of this model see both sides"
+    if anatomy.unembedding is None:
+        return "the model was loaded without a language-model head, so there is no answer to grade"
+    return None
+
+
+def reads_text(lens: Lens) -> bool:
+    """Whether the model takes token ids."""
+    return getattr(lens.model, "main_input_name", "input_ids") == "input_ids"
+
+
+def _read(
+    lens: Lens, texts: list[str], steps: Steps, left_out: list[str]
+) -> tuple[Profile | None, Sinks | None, HeadTypes | None]:
+    """Profile, sinks and head types."""
+    if not reads_text(lens):
+        left_out.append(
+            "Profile, sinks and head types are left out: the model reads no text. From Python, "
+            "lens.run and lens.measure take what its processor makes."
+        )
+        return None, None, None
+    types_on = texts or None
+    with steps("Scoring known head types"):
+        types = head_types(lens, types_on)
+    if not texts:
+        left_out.append(
+            "Profile, sinks, attention maps and rollout are left out: the model has no tokenizer, "
+            "so it can read no text. Previous-token scores are of random tokens."
+        )
+        return None, None, types
+    count = len(lens.anatomy.heads)
+    with steps(f"Profiling {count} heads"):
+        profiled = profile(lens, texts)
+    with steps("Finding sinks"):
+        sunk = sinks(lens, texts)
+    return profiled, sunk, types
+
+
+def _prompt(
+    lens: Lens, texts: Sequence[str], steps: Steps, left_out: list[str]
+) -> tuple[Trace | None, Rollout | None]:
+    """Attention and rollout of the beginning of the first text."""
+    if not texts or not reads_text(lens):
+        return None, None
+    start = cut_texts(lens, (texts[0],), PROMPT_TOKENS)[0]
+    with steps("Rolling attention out over a prompt"):
+        trace = lens.run(start, keep=("pattern",))
+        stack = lens.anatomy.stacks[0]
+        rolled = rollout(trace, stack=stack or None)
+    if len(lens.anatomy.stacks) > 1:
+        left_out.append(f"The rollout goes through the {stack} stack alone.")
+    return trace, rolled
+
+
+def _ablation(
+    lens: Lens, task: Task | None, mode: str, steps: Steps, left_out: list[str]
+) -> Ablation | None:
+    if task is None:
+        why = no_grading(lens) or "no task was asked for"
+        left_out.append(f"Ablation is left out: {why}.")
+        return None
+    with steps(f"Ablating {len(lens.anatomy.heads)} heads one by one") as advance:
+        return ablate(lens, task, mode=mode, progress=advance)

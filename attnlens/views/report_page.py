@@ -1,0 +1,246 @@
+"""The page that a person reads: what this model's heads do, and which matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from attnlens.anatomy import Head
+from attnlens.views.findings import Findings
+from attnlens.views.markup import element
+from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, sink_line, type_line
+from attnlens.views.page import Cell, Page
+from attnlens.views.panels import PLACE, interval_text, number_text
+from attnlens.views.ranking import METRICS, ablation_lines, title_of
+from attnlens.views.tables import ANATOMY_COLUMNS, CHECK_COLUMNS, anatomy_rows, check_rows
+
+STRONGEST = 5
+"""Rows of a type in the table of the strongest heads."""
+HEADINGS = {
+    "first_token": "first token",
+    "previous_token": "previous token",
+    "sink_rate": "sink rate",
+    "effect": "effect of ablation",
+    "effect_low": "from",
+    "effect_high": "to",
+}
+COLUMNS = (
+    "previous_token", "duplicate", "induction", "copying", "first_token", "sink_rate",
+    "entropy", "distance", "effect", "effect_low", "effect_high",
+)  # fmt: skip
+
+
+def report_page(findings: Findings, figures: Mapping[str, go.Figure]) -> str:
+    """The report as HTML, offline and in one file."""
+    page = Page(findings.model, model_line(findings.anatomy))
+    page.section("In short")
+    page.points(findings.lines()[1:])
+    _heads(page, findings, figures)
+    _sinks(page, findings, figures)
+    _prompt(page, findings, figures)
+    _ablation(page, findings, figures)
+    _all_heads(page, findings)
+    _model(page, findings)
+    _files(page, findings, figures)
+    return page.html()
+
+
+def first_head(findings: Findings) -> Head:
+    """The head that is shown on the prompt: the best induction, else previous-token head."""
+    stack = findings.anatomy.stacks[0]
+    own = [head for head in findings.anatomy.heads if head.stack == stack]
+    for name in ("induction", "previous_token"):
+        found = findings.types.of_type(name, THRESHOLD) if findings.types is not None else ()
+        own_found = [head for head in found if head.stack == stack]
+        if own_found:
+            return own_found[0]
+    return own[0]
+
+
+def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
+    if findings.types is None:
+        return
+    page.section("What its heads do")
+    types = findings.types
+    source = "the texts" if findings.texts else "random tokens"
+    page.prose(
+        f"Scores are mean weights. Previous-token scores are taken over {source}; duplicate-token "
+        f"and induction scores over {types.prompts} sequences of {types.period} random tokens said "
+        "four times, where only the repetition can be attended to. An induction head attends to "
+        "the token that followed the last time. Copying compares what a head's weights read and "
+        "write: near 1, the head raises the tokens that it attends to. Intervals are 95 % "
+        "bootstrap intervals over prompts."
+    )
+    frame = types.to_frame()
+    page.points([type_line(frame, name) for name in TYPES])
+    page.figure(
+        figures["head-types"],
+        "Each cell is a head: layers from top to bottom, heads from left to right.",
+    )
+    page.table(("type", "head", "score", "95 % interval"), _strongest(frame))
+    for note in types.notes:
+        page.note(note)
+    if findings.profile is not None:
+        page.subsection("Where they look")
+        texts = len(findings.texts)
+        page.figure(
+            figures["profile"],
+            f"Means over {texts} text{'s' * (texts != 1)}. Entropy says how widely a head spreads "
+            "its attention, distance how far it looks; the others are the weight on one kind of "
+            "token.",
+        )
+        for note in findings.profile.notes:
+            page.note(note)
+
+
+def _strongest(frame: pd.DataFrame) -> list[list[str | Cell]]:
+    rows: list[list[str | Cell]] = []
+    for name, title in TYPES.items():
+        known = frame[frame[name].notna()].sort_values(name, ascending=False).head(STRONGEST)
+        for record in known.to_dict("records"):
+            score = record[name]
+            shown = Cell(number_text(score), score, score)
+            rows.append([title, record["head"], shown, interval_text(record, name)])
+    return rows
+
+
+def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
+    sinks = findings.sinks
+    if sinks is None:
+        return
+    page.section("Where attention gathers")
+    page.prose(
+        "A sink is a key that draws attention whatever it says, most often the first token. "
+        + sink_line(sinks).removeprefix("Sinks: ").capitalize()
+    )
+    page.figure(
+        figures["sinks"],
+        "The sink rate is the share of texts in which the key's mean weight, over the rows that "
+        f"see it, exceeds {sinks.settings.epsilon}.",
+    )
+    page.figure(
+        figures["sink-positions"], "Mean weight by position, from the rows that see the key."
+    )
+    found = [
+        [str(sink.head), str(sink.prompt), str(sink.position), sink.token, _cell(sink.share)]
+        for sink in sinks.calibration[:200]
+    ]
+    if found:
+        page.prose(
+            f"{len(sinks.calibration)} keys get far more than an even share of a head's attention "
+            "in one text (over 5 / length)" + ("; the strongest 200:" if len(found) == 200 else ":")
+        )
+        page.table(("head", "text", "position", "token", "share"), found)
+    for note in sinks.notes:
+        page.note(note)
+
+
+def _prompt(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
+    if findings.trace is None:
+        return
+    page.section("One prompt")
+    head = first_head(findings)
+    page.prose(
+        f"The beginning of the first text, seen by {head}. Rows are queries, the tokens that look; "
+        "columns are keys, the tokens looked at."
+    )
+    page.figure(figures["pattern"], f"Attention weights of {head}.")
+    page.figure(figures["patterns-of-its-layer"], f"All heads of {head.site} on the same prompt.")
+    if findings.rollout is not None:
+        rollout = findings.rollout
+        page.subsection("Rollout")
+        page.prose(
+            "Attention rollout (Abnar and Zuidema 2020) follows attention through all layers, "
+            f"heads averaged, with a share of {rollout.settings.residual} for the residual stream: "
+            "how much of each position's last state could have come from each token."
+        )
+        page.figure(figures["rollout"], f"Rollout through {len(rollout.layers)} layers.")
+        for note in rollout.notes:
+            page.note(note)
+
+
+def _ablation(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
+    ablation = findings.ablation
+    if ablation is None:
+        return
+    page.section("What matters")
+    metric, _, worse = METRICS[ablation.metric]
+    direction = "rises" if worse > 0 else "falls"
+    page.prose(
+        f"{title_of(ablation)}, {len(ablation.clean)} prompts: each head is taken out by itself "
+        f"and the task is graded again. Where {metric} {direction}, the head was needed. Grey "
+        "diamonds are the mean of other heads of the same layer: what taking out just any head "
+        "costs."
+    )
+    page.points(ablation_lines(ablation, most=6))
+    page.figure(figures["ranking"], "The largest effects, with 95 % intervals over prompts.")
+    page.figure(figures["ablation"], f"Change of {metric} when a head is ablated.")
+    for note in ablation.notes:
+        page.note(note)
+
+
+def _all_heads(page: Page, findings: Findings) -> None:
+    table = findings.heads
+    columns = [name for name in COLUMNS if name in table]
+    if not columns:
+        return
+    page.section("Every head")
+    page.prose("Click a column to sort by it. heads.csv and heads.parquet hold every number.")
+    largest = {name: float(table[name].abs().max()) for name in columns}
+    rows = [_head_row(record, columns, largest) for record in table.to_dict("records")]
+    page.table(("head", *(HEADINGS.get(name, name) for name in columns)), rows)
+
+
+def _head_row(
+    record: dict[str, Any], columns: list[str], largest: Mapping[str, float]
+) -> list[str | Cell]:
+    order = list(PLACE).index("index")
+    number = record["layer"] * 10_000 + record[PLACE[order]]
+    row: list[str | Cell] = [Cell(record["head"], f"{record['site']} {number:09d}")]
+    for name in columns:
+        value = float(record[name])
+        share = None
+        if name not in ("effect_low", "effect_high") and value == value and largest[name] > 0:
+            share = abs(value) / (largest[name] if largest[name] > 1 else 1)
+        row.append(_cell(value, share))
+    return row
+
+
+def _cell(value: float, share: float | None = None) -> Cell:
+    return Cell(number_text(value), value, share)
+
+
+def _model(page: Page, findings: Findings) -> None:
+    page.section("The model and the instrument")
+    page.prose(model_line(findings.anatomy))
+    page.table(ANATOMY_COLUMNS, anatomy_rows(findings.anatomy))
+    page.prose(
+        check_line(findings.check),
+        " Row error is the largest difference of a recomputed weight from the model's own; drift "
+        "the largest difference between the model's kernel and its eager form; and changing a "
+        "pattern has to change the output.",
+    )
+    page.table(CHECK_COLUMNS, check_rows(findings.check))
+    if findings.left_out:
+        page.subsection("Left out")
+        page.points(findings.left_out)
+
+
+def _files(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
+    page.section("Files beside this page")
+    files = [
+        ("heads.csv", "one row a head, every number with its interval"),
+        ("heads.parquet", "the same, typed"),
+    ]
+    if findings.rollout is not None:
+        files.append(
+            ("rollout.graphml", "the rollout as a graph, for Gephi, Cytoscape or networkx")
+        )
+    files += [
+        (f"figures/{name}.html", f"the figure {name.replace('-', ' ')} alone") for name in figures
+    ]
+    items = [element("li", element("a", name, href=name), f": {what}") for name, what in files]
+    page.add(element("ul", *items))
