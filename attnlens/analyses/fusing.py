@@ -106,19 +106,21 @@ def rollout_matrix(
             f"The patterns have shape {list(patterns.shape)}; a rollout needs [layer, head, query, "
             "key] with as many queries as keys, or a batch of these."
         )
-    matrices = torch.stack(list(rolled(batch.unbind(1), settings or RolloutSettings())), dim=1)
+    settings = settings or RolloutSettings()
+    matrices = torch.stack([matrix for _, matrix in rolled(batch.unbind(1), settings)], dim=1)
     return matrices if patterns.ndim == 5 else matrices[0]
 
 
 def rolled(
     patterns: Iterable[Float[Tensor, "batch head query key"]], settings: RolloutSettings
-) -> Iterator[Float[Tensor, "batch query key"]]:
-    """The cumulative map after each layer, of layers whose numbers of heads may differ."""
+) -> Iterator[tuple[Float[Tensor, "batch query key"], Float[Tensor, "batch query key"]]]:
+    """The fused and the cumulative map of each layer; layers may differ in their number of heads."""
     below: Tensor | None = None
     for given in patterns:
         pattern = given if given.dtype == torch.float64 else given.float()
         own = torch.arange(pattern.shape[-1], device=pattern.device)
-        step = (1 - settings.residual) * fuse_heads(pattern, own, settings)
+        fused = fuse_heads(pattern, own, settings)
+        step = (1 - settings.residual) * fused
         step.diagonal(dim1=-2, dim2=-1).add_(settings.residual)
         below = step if below is None else step @ below
-        yield below
+        yield fused, below

@@ -40,6 +40,8 @@ class Rollout:
 
     tokens: tuple[tuple[str, ...], ...]
     matrix: Float[Tensor, "batch layer query key"]
+    maps: Float[Tensor, "batch layer query key"]
+    """The fused map of each layer, before the residual share: what a flow graph is made of."""
     layers: tuple[str, ...]
     """Names of the sites, in the order of the layer axis."""
     settings: RolloutSettings
@@ -114,14 +116,17 @@ def rollout(
         _check_kept(trace, site, chosen[site.name])
     tokens = trace.sides.queries(sites[0])
     patterns = (_kept(trace, site, chosen[site.name]) for site in sites)
-    matrix = torch.stack(list(rolled(patterns, settings)), dim=1)
-    tokens = tokens.cut(matrix.shape[-1])
-    matrix = _to_the_left(_to_the_left(matrix, tokens.real, 3), tokens.real, 2)
+    layers = list(rolled(patterns, settings))
+    tokens = tokens.cut(layers[0][0].shape[-1])
+    maps, matrix = (
+        _to_the_left(_to_the_left(torch.stack(parts, dim=1), tokens.real, 3), tokens.real, 2)
+        for parts in zip(*layers, strict=True)
+    )
     words = _words(trace.tokens, tokens, trace.sides, matrix)
     last = torch.stack([matrix[b, -1, len(own) - 1] for b, own in enumerate(words)])
     sums = [float(matrix[b, -1, : len(own)].sum(-1).min()) for b, own in enumerate(words)]
     notes = _notes(trace.anatomy, sites, settings, last, min(sums))
-    return Rollout(words, matrix, tuple(site.name for site in sites), settings, notes)
+    return Rollout(words, matrix, maps, tuple(site.name for site in sites), settings, notes)
 
 
 def rollout_from(

@@ -1,0 +1,25 @@
+"""The Python in README.md and CONTRIBUTING.md runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def code(page: str) -> str:
+    """All Python blocks of a page, one after the other, as a reader would type them."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = code(page)
+    assert "attnlens" in source
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(source, page, "exec"), names)
+    assert "lens" in names
