@@ -129,6 +129,7 @@ def rollout(
     return Rollout(words, matrix, maps, tuple(site.name for site in sites), settings, notes)
 
 
+@torch.no_grad()
 def rollout_from(
     lens: Lens,
     inputs: Inputs,
