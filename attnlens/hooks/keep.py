@@ -7,7 +7,7 @@ request that would fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from attnlens.hooks.seam import Call
 
 KINDS = ("q", "k", "v", "scores", "pattern", "z", "result", "residual")
 FINAL = "final"
-"""Name under which the residual stream before the final norm is kept."""
+"""Name under which the residual stream that leaves the last block is kept."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,14 @@ class Extent:
 
 
 def price(
-    request: Request, extents: Mapping[str, Extent], d_model: int | None, element: int
+    request: Request, extents: Mapping[str, Extent], anatomy: Anatomy, element: int
 ) -> dict[str, int]:
     """Bytes that each kind will take; sites of unknown extent count nothing here."""
     size = request.dtype.itemsize if request.dtype is not None else element
+    d_model = anatomy.d_model or 0
+    streams = {name for names in _streams(anatomy, request).values() for name in names}
     costs = dict.fromkeys(request.kinds, 0)
+    last = 0
     for site in request.sites:
         if site.name not in extents:
             continue
@@ -68,6 +71,7 @@ def price(
         heads = len(request.heads[site.name])
         rows = len(request.rows[0]) if request.rows is not None else extent.queries
         groups = len({h // (site.heads // site.groups) for h in request.heads[site.name]})
+        last = extent.batch * rows * d_model * size
         count = {
             "q": heads * rows * site.d_qk,
             "k": groups * extent.keys * site.d_qk,
@@ -75,23 +79,21 @@ def price(
             "scores": heads * rows * extent.keys,
             "pattern": heads * rows * extent.keys,
             "z": heads * rows * site.d_v,
-            "result": heads * rows * (d_model or 0),
-            "residual": rows * (d_model or 0),
+            "result": heads * rows * d_model,
+            "residual": rows * d_model if site.name in streams else 0,
         }
         for kind in request.kinds:
             costs[kind] += extent.batch * count[kind] * size
+    if "residual" in costs and _last_block(anatomy, request) is not None:
+        costs["residual"] += last
     return costs
 
 
 def check_budget(
-    request: Request,
-    extents: Mapping[str, Extent],
-    budget: int,
-    d_model: int | None,
-    element: int,
+    request: Request, extents: Mapping[str, Extent], budget: int, anatomy: Anatomy, element: int
 ) -> None:
     """Raise if the request costs more than the budget, naming one that fits."""
-    costs = price(request, extents, d_model, element)
+    costs = price(request, extents, anatomy, element)
     total = sum(costs.values())
     if total <= budget:
         return
@@ -104,20 +106,56 @@ def check_budget(
     product = f"{len(known)} layers x batch {shape.batch} x {heads} heads x {rows} rows"
     if largest in ("scores", "pattern"):
         product += f" x {shape.keys} keys"
-    fits: list[str] = []
-    layers = len(known) * budget // total
-    if layers:
-        fits.append(f"{layers} of the {len(known)} layers (layers=...)")
-    fewer = rows * budget // total
-    if fewer and largest not in ("k", "v"):
-        fits.append(f"the last {fewer} rows (rows=slice(-{fewer}, None))")
-    ways = " or ".join(fits) or "fewer prompts at a time"
+
+    def cost(narrower: Request) -> int:
+        return sum(price(narrower, extents, anatomy, element).values())
+
+    fits = " or ".join(_what_fits(request, known, budget, cost, shape.batch))
+    ways = f"Would fit: {fits}." if fits else "No layer of it fits."
     raise BudgetError(
-        f"Keeping {largest} takes {product} x {size} bytes = {gigabytes(costs[largest])}; the whole "
-        f"request takes {gigabytes(total)}, over the budget of {gigabytes(budget)}. Would fit: {ways}. "
+        f"Keeping {largest} takes {product} x {size} bytes = {gigabytes(costs[largest])}; the "
+        f"whole request takes {gigabytes(total)}, over the budget of {gigabytes(budget)}. {ways} "
         "Statistics of all rows need no dense maps: lens.measure(inputs, reducers). "
         "A larger budget is given as budget='8GB'."
     )
+
+
+def _what_fits(
+    request: Request,
+    known: Sequence[Site],
+    budget: int,
+    cost: Callable[[Request], int],
+    batch: int,
+) -> list[str]:
+    """Narrower requests that the budget holds, as a sentence in parts."""
+
+    def first_rows(count: int) -> Request:
+        return replace(request, rows=(tuple(range(count)),))
+
+    fits: list[str] = []
+    layers = 0
+    while (
+        layers < len(known) and cost(replace(request, sites=tuple(known[: layers + 1]))) <= budget
+    ):
+        layers += 1
+    if layers:
+        fits.append(f"{layers} of the {len(known)} layers (layers={_spec(known[:layers])!r})")
+    fixed = cost(first_rows(0))
+    rows = (budget - fixed) // max(cost(first_rows(1)) - fixed, 1)
+    if rows >= 1 and cost(first_rows(rows)) <= budget < cost(first_rows(rows + 1)):
+        fits.append(f"the last {rows} rows (rows=slice(-{rows}, None))")
+    prompts = batch * budget // cost(request)
+    if not fits and prompts:
+        fits.append(f"{prompts} prompts at a time")
+    return fits
+
+
+def _spec(sites: Sequence[Site]) -> str:
+    """A specification of some layers."""
+    numbers = [site.layer for site in sites]
+    if not any(site.stack for site in sites) and numbers == list(range(len(sites))):
+        return f"L0:{len(sites)}"
+    return ",".join(site.name for site in sites)
 
 
 def gigabytes(count: int) -> str:
@@ -145,28 +183,39 @@ class Keep:
         self._model = model
         if "residual" not in self._request.kinds:
             return ()
-        handles: list[RemovableHandle] = []
-        for name, sites in _sites_by_block(self._request.sites).items():
-            hook = self._residual_hook(sites)
-            handles.append(
-                model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        streams = _streams(self._anatomy, self._request)
+        if not streams:
+            raise InputError(
+                f"{self._anatomy.model} holds these sites in no list of blocks, so there is no "
+                "residual stream to keep. Leave 'residual' out."
             )
-        if self._anatomy.final_norm is not None:
-            hook = self._residual_hook([FINAL])
-            norm = model.get_submodule(self._anatomy.final_norm)
-            handles.append(norm.register_forward_pre_hook(hook, with_kwargs=True))
+        handles: list[RemovableHandle] = []
+        for name, sites in streams.items():
+            block = model.get_submodule(name)
+            hook = self._entering(sites)
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        last = _last_block(self._anatomy, self._request)
+        if last is not None:
+            block = model.get_submodule(last)
+            handles.append(block.register_forward_hook(self._leave))
         return handles
 
-    def _residual_hook(self, names: Sequence[str]) -> Callable[..., None]:
+    def _entering(self, names: Sequence[str | None]) -> Callable[..., None]:
         calls = [0]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             stream = args[0] if args else kwargs["hidden_states"]
             name = names[calls[0] % len(names)]
             calls[0] += 1
-            self._store("residual", name, self._rows(stream, axis=1))
+            if name is not None:
+                self._store("residual", name, self._rows(stream, axis=1))
 
         return hook
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Keep what the last block returns; where layers share it, its last call has the last word."""
+        stream = output if isinstance(output, Tensor) else output[0]
+        self._store("residual", FINAL, self._rows(stream, axis=1))
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:
@@ -219,25 +268,38 @@ class Keep:
         request = self._request
         device = request.device or tensor.device
         kept = tensor.detach().to(device=device, dtype=request.dtype or tensor.dtype, copy=True)
-        self._left -= kept.numel() * kept.element_size()
+        replaced = self.kept[kind].get(site)
+        self._left -= kept.nbytes - (0 if replaced is None else replaced.nbytes)
         if self._left < 0:
             raise BudgetError(
-                f"Keeping {kind} at {site} passes the budget of {gigabytes(self._budget)} (the input "
-                "is larger than its tokens tell). Keep fewer layers, heads or rows, or give "
+                f"Keeping {kind} at {site} passes the budget of {gigabytes(self._budget)} (the "
+                "input is larger than its tokens tell). Keep fewer layers, heads or rows, or give "
                 "budget='8GB'."
             )
         self.kept[kind][site] = kept
 
 
-def _sites_by_block(sites: Sequence[Site]) -> dict[str, list[str]]:
-    """Names of the sites that each block holds, in the order of their calls.
+def _streams(anatomy: Anatomy, request: Request) -> dict[str, list[str | None]]:
+    """For each block, in the order of its calls, the site under which its stream is kept.
 
-    A block with self- and cross-attention has one residual stream entering it, kept under the first.
+    A block with self- and cross-attention has one residual stream entering it, kept under the
+    first of them that is asked for; None where none is.
     """
-    found: dict[str, list[str]] = {}
-    calls: dict[str, set[int]] = {}
-    for site in sites:
-        if site.block is not None and site.call not in calls.setdefault(site.block, set()):
-            calls[site.block].add(site.call)
-            found.setdefault(site.block, []).append(site.name)
-    return found
+    wanted = {site.name for site in request.sites}
+    found: dict[str, dict[int, str | None]] = {}
+    for site in anatomy.sites:
+        if site.block is not None:
+            calls = found.setdefault(site.block, {})
+            if calls.get(site.call) is None:
+                calls[site.call] = site.name if site.name in wanted else None
+    return {block: list(calls.values()) for block, calls in found.items() if any(calls.values())}
+
+
+def _last_block(anatomy: Anatomy, request: Request) -> str | None:
+    """The block that the model ends with, if sites in its list of blocks are asked for."""
+    blocks = [site.block for site in anatomy.sites if site.block is not None]
+    if not blocks:
+        return None
+    stack = blocks[-1].rpartition(".")[0]
+    asked = any(site.block and site.block.rpartition(".")[0] == stack for site in request.sites)
+    return blocks[-1] if asked else None

@@ -260,15 +260,19 @@ def _site(model: nn.Module, seen: _Seen) -> Site:
 
 
 def _block(model: nn.Module, module: str) -> str | None:
-    """The nearest enclosing member of a list whose members are all of one class."""
+    """The nearest enclosing member of a list whose members are all of one class.
+
+    Hybrid models mix classes of blocks in one list: there the outermost member of a list.
+    """
     parts = module.split(".")
+    outermost = None
     for end in range(len(parts), 0, -1):
-        if parts[end - 1].isdigit():
-            siblings = model.get_submodule(".".join(parts[: end - 1]))
-            kinds = {type(child) for child in siblings.children()}
-            if isinstance(siblings, nn.ModuleList) and len(kinds) == 1:
-                return ".".join(parts[:end])
-    return None
+        siblings = model.get_submodule(".".join(parts[: end - 1]))
+        if parts[end - 1].isdigit() and isinstance(siblings, nn.ModuleList):
+            outermost = ".".join(parts[:end])
+            if len({type(child) for child in siblings.children()}) == 1:
+                return outermost
+    return outermost
 
 
 def softmax_rule(call: Call) -> tuple[bool, bool]:

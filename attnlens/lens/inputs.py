@@ -61,13 +61,23 @@ class Batch:
             return None
         return Extent(queries.shape[0], queries.shape[1], keys.shape[1])
 
-    def rows(self, rows: int | slice | Sequence[int] | None) -> tuple[tuple[int, ...], ...] | None:
+    def rows(
+        self, rows: int | slice | Sequence[int] | None, sites: Sequence[Site]
+    ) -> tuple[tuple[int, ...], ...] | None:
         """The asked rows of each prompt, counted over its real positions, as padded positions."""
         if rows is None:
             return None
-        if self.ids is None:
+        sides = {id(tokens.ids): tokens for tokens in map(self.sides.queries, sites)}
+        if len(sides) > 1:
+            raise InputError(
+                f"rows={rows!r} is not the same place at all the sites asked for, whose rows are "
+                "different tokens (encoder and decoder, or image and text). Name the layers of one "
+                f"side, for example layers={sites[-1].name!r}."
+            )
+        (tokens,) = sides.values()
+        if tokens.ids is None:
             raise InputError("Rows are chosen by token, and this input has no token ids.")
-        real = self.real if self.real is not None else torch.ones_like(self.ids, dtype=torch.bool)
+        real = tokens.real if tokens.real is not None else torch.ones_like(tokens.ids).bool()
         found: list[tuple[int, ...]] = []
         for prompt, mask in enumerate(real):
             positions: list[int] = mask.nonzero()[:, 0].tolist()

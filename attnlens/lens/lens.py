@@ -107,17 +107,18 @@ class Lens:
         anatomy = self._anatomy_for(batch)
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         chosen = _choose(anatomy, layers, heads)
+        sites = tuple(site for site in anatomy.sites if site.name in chosen)
         request = Request(
             keep,
-            tuple(site for site in anatomy.sites if site.name in chosen),
+            sites,
             chosen,
-            batch.rows(rows),
+            batch.rows(rows, sites),
             dtype,
             torch.device(device) if device is not None else None,
         )
         limit = parse_bytes(budget)
         element = next(self.model.parameters()).element_size()
-        check_budget(request, batch.extents(anatomy), limit, anatomy.d_model, element)
+        check_budget(request, batch.extents(anatomy), limit, anatomy, element)
         kept = Keep(anatomy, request, limit)
         with Session(self.model, anatomy, [kept]):
             output = self._forward(batch)
