@@ -22,9 +22,9 @@ def verdict(
         check = lens.check()
     lines = [str(lens.anatomy), "", aligned(CHECK_COLUMNS, check_rows(check)), check_line(check)]
     if not check.passed:
-        return [*lines, f"Verdict: do not trust attnlens on {name}."], False
+        return [*lines, f"Verdict: attnlens cannot be trusted on {name}."], False
     lines += ["", *_heads(lens, texts, steps)]
-    return [*lines, f"Verdict: attnlens sees {name} exactly."], True
+    return [*lines, f"Verdict: attnlens can be trusted on {name}."], True
 
 
 def _heads(lens: Lens, texts: Sequence[str], steps: Steps) -> list[str]:
@@ -32,7 +32,8 @@ def _heads(lens: Lens, texts: Sequence[str], steps: Steps) -> list[str]:
         return ["No head types: the model reads no text."]
     with steps("Scoring known head types"):
         types = head_types(lens, list(texts) or None)
-    return [*_strongest(types, bool(texts)), *types.notes]
+    notes = [note for note in types.notes if "opying" not in note]  # copying is not shown here
+    return [*_strongest(types, bool(texts)), *notes]
 
 
 def _strongest(types: HeadTypes, on_texts: bool) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from attnlens.analyses.ablation import Ablation, ablate
 from attnlens.analyses.head_types import HeadTypes, head_types
 from attnlens.analyses.profile import Profile, profile
@@ -14,7 +16,7 @@ from attnlens.cli.output import staged
 from attnlens.cli.progress import Steps, silent
 from attnlens.cli.texts import cut_texts
 from attnlens.errors import TaskError
-from attnlens.lens import Lens, Trace
+from attnlens.lens import Inputs, Lens, Trace
 from attnlens.tasks import Task, indirect_object, key_value, needle, repeated_tokens
 from attnlens.views.findings import Findings
 from attnlens.views.report import write_report
@@ -121,12 +123,24 @@ def _read(
             "so it can read no text. Previous-token scores are of random tokens."
         )
         return None, None, types
-    count = len(lens.anatomy.heads)
-    with steps(f"Profiling {count} heads"):
-        profiled = profile(lens, texts)
+    inputs = _inputs(lens, texts, left_out)
+    with steps(f"Profiling {len(lens.anatomy.heads)} heads"):
+        profiled = profile(lens, inputs)
     with steps("Finding sinks"):
-        sunk = sinks(lens, texts)
+        sunk = sinks(lens, inputs)
     return profiled, sunk, types
+
+
+def _inputs(lens: Lens, texts: list[str], left_out: list[str]) -> Inputs:
+    """The texts; where there is a decoder beside an encoder it reads them too, shifted by one."""
+    if "dec" not in lens.anatomy.stacks:
+        return texts
+    inputs = dict(lens.encode(texts).inputs)
+    ids, start = inputs["input_ids"], inputs["decoder_input_ids"]
+    inputs["decoder_input_ids"] = torch.cat([start[:, :1], ids[:, :-1]], dim=1)
+    inputs["decoder_attention_mask"] = inputs["attention_mask"]
+    left_out.append("Encoder and decoder read the same texts, the decoder after its start token.")
+    return inputs
 
 
 def _prompt(

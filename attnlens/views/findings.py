@@ -62,5 +62,5 @@ class Findings:
         if self.sinks is not None:
             lines.append(sink_line(self.sinks))
         if self.ablation is not None:
-            lines += ablation_lines(self.ablation)
+            lines += ablation_lines(self.ablation, self.anatomy.vocab)
         return [*lines, *self.left_out]

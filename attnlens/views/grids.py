@@ -88,9 +88,8 @@ def show_sink_positions(sinks: Sinks) -> go.Figure:
 def _quantity(name: str) -> Quantity:
     unit = UNITS.get(name, "")
     signed = name == "copying"
-    return Quantity(
-        name, TITLES.get(name, name.replace("_", " ")), unit, signed, None if unit else 1.0
-    )
+    title = TITLES.get(name, name.replace("_", " "))
+    return Quantity(name, title, unit, signed, mass=not unit and not signed)
 
 
 def _chosen(found: list[str] | tuple[str, ...], columns: str | None) -> list[str]:

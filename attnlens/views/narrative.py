@@ -48,9 +48,10 @@ def check_line(check: Check) -> str:
     """Whether the instrument may be believed."""
     if not check.passed:
         return f"Self-check failed: {'. '.join(check.problems)}."
+    equal = f"to {check.row_error:.0e}" if check.row_error > 0 else "exactly"
     return (
         f"Self-check passed: at all {len(check.sites)} sites the rows equal the model's own eager "
-        f"weights to {check.row_error:.0e} in {check.dtype}."
+        f"weights {equal}, in {check.dtype}."
     )
 
 
@@ -62,8 +63,7 @@ def type_lines(types: HeadTypes) -> list[str]:
 
 def type_line(frame: pd.DataFrame, name: str) -> str:
     """The heads of one type over the threshold, strongest first."""
-    ranked = frame.sort_values(name, ascending=False).to_dict("records")
-    known = [record for record in ranked if record[name] == record[name]]
+    known = strongest(frame, name)
     found = [record for record in known if record[name] >= THRESHOLD]
     title = TYPES[name]
     if not known:
@@ -75,6 +75,13 @@ def type_line(frame: pd.DataFrame, name: str) -> str:
             f"(best {best['head']}, {number_text(best[name])})."
         )
     return f"{_plural(len(found), f'{title} head')}: {_listed(found, name)}."
+
+
+def strongest(frame: pd.DataFrame, name: str) -> list[dict[str, Any]]:
+    """The rows of a table of heads that have a number, the largest first."""
+    records: list[dict[str, Any]] = frame.to_dict("records")
+    known = [record for record in records if record[name] == record[name]]
+    return sorted(known, key=lambda record: -record[name])
 
 
 def sink_line(sinks: Sinks) -> str:
@@ -90,7 +97,7 @@ def sink_line(sinks: Sinks) -> str:
     if place != 0:
         token = sinks.token_at(place)
         named = f"position {place} ({token!r})" if token else f"position {place}"
-        line += f" Most goes to {named}: {_percent(float(frame['share'][place]))}."
+        line += f" Most goes to {named}: {_percent(float(frame['share'].to_list()[place]))}."
     return line
 
 
@@ -115,9 +122,8 @@ def _range(numbers: Sequence[int]) -> str:
 
 def strongest_line(frame: pd.DataFrame, name: str, most: int = 2) -> str:
     """The heads with the highest scores whatever they are, with intervals."""
-    known = frame[frame[name].notna()].sort_values(name, ascending=False).head(most)
     found = [
         f"{record['head']} {number_text(record[name])} ({interval_text(record, name)})"
-        for record in known.to_dict("records")
+        for record in strongest(frame, name)[:most]
     ]
     return ", ".join(found) + "." if found else "no head has such a score."

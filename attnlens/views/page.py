@@ -141,9 +141,15 @@ def _cell(cell: str | Cell) -> Html:
         "td",
         cell.shown,
         data_value=None if cell.value is None else str(cell.value),
-        class_=None if isinstance(cell.value, str) else "number",
+        class_=_kind(cell.value),
         style=None if cell.share is None else f"--share:{min(max(cell.share, 0), 1):.3f}",
     )
+
+
+def _kind(value: float | str | None) -> str | None:
+    if isinstance(value, str):
+        return None
+    return "number below" if value is not None and value < 0 else "number"
 
 
 def _between(items: Sequence[Html], separator: str) -> list[str]:

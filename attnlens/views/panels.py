@@ -15,6 +15,8 @@ from plotly.subplots import make_subplots
 
 from attnlens.views.theme import colour_axis, styled
 
+WIDEST = 16
+MASSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 PLACE = ("head", "site", "layer", "index")
 """The columns of a table of heads that say which head a row is."""
 Span = tuple[float, float]
@@ -30,9 +32,14 @@ class Quantity:
     title: str
     unit: str = ""
     signed: bool = False
-    """Signed numbers diverge from 0; others run from `low` (0) upwards."""
-    high: float | None = None
-    """Top of the colour scale; the largest value where not given."""
+    """Signed numbers diverge from 0; others run from 0 upwards."""
+    mass: bool = False
+    """Masses lie between 0 and 1: the colour scale ends at a round number."""
+
+    def heading(self, stack: str) -> str:
+        """The title over a panel."""
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{self.title}{unit}{f' · {stack}' if stack else ''}"
 
 
 def head_grids(
@@ -47,7 +54,7 @@ def head_grids(
     cells = [(quantity, stack) for quantity in quantities for stack in stacks]
     across = min(across, len(cells))
     down = -(-len(cells) // across)
-    named = [html.escape(f"{q.title} · {stack}" if stack else q.title) for q, stack in cells]
+    named = [html.escape(quantity.heading(stack)) for quantity, stack in cells]
     layers = max(_of_stack(frame, stack)["layer"].nunique() for stack in stacks)
     height = int(np.clip(26 * layers + 60, 150, 460))
     figure = make_subplots(
@@ -59,9 +66,8 @@ def head_grids(
     )
     styled(figure, title, height * down + 110)
     for number, (quantity, stack) in enumerate(cells):
-        add_grid(
-            figure, _of_stack(frame, stack), quantity, number // across + 1, number % across + 1
-        )
+        place = number // across + 1, number % across + 1
+        add_grid(figure, _of_stack(frame, stack), quantity, *place, numbers=across == 1)
     figure.update_annotations(font_size=13, xanchor="left")
     layout: Any = figure.layout
     for number, note in enumerate(layout.annotations):
@@ -71,12 +77,20 @@ def head_grids(
 
 
 def add_grid(
-    figure: go.Figure, frame: pd.DataFrame, quantity: Quantity, row: int, column: int
+    figure: go.Figure,
+    frame: pd.DataFrame,
+    quantity: Quantity,
+    row: int,
+    column: int,
+    numbers: bool = False,
 ) -> None:
-    """Draw one stack's grid of one quantity into a subplot, with its own colour bar."""
+    """Draw one stack's grid of one quantity into a subplot, with its own colour bar.
+
+    With `numbers` each cell shows its own, where they have room.
+    """
     values, texts = _grid(frame, quantity)
     layers = sorted(frame["layer"].unique())
-    used = len({trace.coloraxis for trace in figure.select_traces("heatmap")})
+    used = len(list(figure.select_traces({"type": "heatmap"})))  # one a panel
     axis = f"coloraxis{used + 1 if used else ''}"
     figure.add_trace(
         go.Heatmap(
@@ -85,6 +99,7 @@ def add_grid(
             y=[f"L{layer}" for layer in layers],
             customdata=texts,
             coloraxis=axis,
+            texttemplate="%{z:.2f}" if numbers and values.shape[1] <= WIDEST else None,
             xgap=1,
             ygap=1,
             hoverongaps=False,
@@ -95,7 +110,7 @@ def add_grid(
     )
     low, high = _range(values, quantity)
     scale = "diverging" if quantity.signed else "sequential"
-    settings = colour_axis(scale, low, high, quantity.unit)
+    settings = colour_axis(scale, low, high, "")
     x, y = domains(figure, row, column)
     settings["colorbar"] |= {
         "x": x[1] + 0.005,
@@ -160,8 +175,8 @@ def _grid(frame: pd.DataFrame, quantity: Quantity) -> tuple[Grid, list[list[str]
 
 def _range(values: Grid, quantity: Quantity) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
-    top = quantity.high
-    if top is None:
-        top = float(np.abs(finite).max()) if finite.size else 1.0
+    top = float(np.abs(finite).max()) if finite.size else 1.0
+    if quantity.mass:
+        top = min((end for end in MASSES if end >= top - 1e-6), default=top)
     top = max(top, 1e-6)
     return (-top, top) if quantity.signed else (0.0, top)

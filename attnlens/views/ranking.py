@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,19 @@ def ranked(ablation: Ablation) -> list[dict[str, Any]]:
     return frame.iloc[order].to_dict("records")
 
 
-def ablation_lines(ablation: Ablation, most: int = 3) -> list[str]:
-    """What ablating the heads that matter most costs, beside matched random heads."""
+def ablation_lines(ablation: Ablation, vocab: int | None, most: int = 3) -> list[str]:
+    """What ablating the heads that matter most costs, beside matched random heads.
+
+    Where the model does not solve the task, effects say little, and a line says so.
+    """
     metric, unit, worse = METRICS[ablation.metric]
     task = ablation.task.replace("_", " ")
     clean = number_text(float(ablation.clean.mean()))
     lines = [f"Task {task}: {metric} {clean}{f' {unit}' if unit else ''} with every head in place."]
+    if not _solved(ablation, vocab):
+        lines.append(
+            "That is no better than guessing, so what follows says little about how heads do it."
+        )
     costly = sorted(ranked(ablation), key=lambda record: -record["effect"] * worse)
     # A head matters where its interval lies on the bad side of no effect.
     found = [r for r in costly if _least(r, worse) > 0]
@@ -101,6 +109,14 @@ def ablation_lines(ablation: Ablation, most: int = 3) -> list[str]:
             line += f"; random heads of its layer {number_text(record['control'] * worse)}"
         lines.append(line + ").")
     return lines
+
+
+def _solved(ablation: Ablation, vocab: int | None) -> bool:
+    """Whether the model, nothing ablated, does better than guessing."""
+    clean = float(ablation.clean.mean())
+    if ablation.metric == "loss":
+        return vocab is None or clean < math.log(vocab)
+    return clean > 0
 
 
 def _least(record: dict[str, Any], worse: int) -> float:

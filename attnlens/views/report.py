@@ -66,7 +66,9 @@ def figures(findings: Findings) -> dict[str, go.Figure]:
     if findings.types is not None:
         drawn["head-types"] = show(findings.types)
     if findings.profile is not None:
-        drawn["profile"] = show(findings.profile)
+        # The special tokens one by one are in the tables.
+        names = [name for name in findings.profile.names if not name.startswith("special_")]
+        drawn["profile"] = show(findings.profile, ",".join(names))
     if findings.sinks is not None:
         drawn["sinks"] = show(findings.sinks)
         drawn["sink-positions"] = show_sink_positions(findings.sinks)

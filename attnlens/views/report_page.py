@@ -11,25 +11,25 @@ import plotly.graph_objects as go
 from attnlens.anatomy import Head
 from attnlens.views.findings import Findings
 from attnlens.views.markup import element
-from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, sink_line, type_line
+from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, sink_line, strongest
 from attnlens.views.page import Cell, Page
-from attnlens.views.panels import PLACE, interval_text, number_text
+from attnlens.views.panels import interval_text, number_text
 from attnlens.views.ranking import METRICS, ablation_lines, title_of
 from attnlens.views.tables import ANATOMY_COLUMNS, CHECK_COLUMNS, anatomy_rows, check_rows
+from attnlens.views.theme import visible
 
 STRONGEST = 5
 """Rows of a type in the table of the strongest heads."""
+MOST_SINKS = 200
 HEADINGS = {
     "first_token": "first token",
     "previous_token": "previous token",
     "sink_rate": "sink rate",
     "effect": "effect of ablation",
-    "effect_low": "from",
-    "effect_high": "to",
 }
 COLUMNS = (
     "previous_token", "duplicate", "induction", "copying", "first_token", "sink_rate",
-    "entropy", "distance", "effect", "effect_low", "effect_high",
+    "entropy", "distance", "effect",
 )  # fmt: skip
 
 
@@ -75,7 +75,6 @@ def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
         "bootstrap intervals over prompts."
     )
     frame = types.to_frame()
-    page.points([type_line(frame, name) for name in TYPES])
     page.figure(
         figures["head-types"],
         "Each cell is a head: layers from top to bottom, heads from left to right.",
@@ -99,8 +98,7 @@ def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
 def _strongest(frame: pd.DataFrame) -> list[list[str | Cell]]:
     rows: list[list[str | Cell]] = []
     for name, title in TYPES.items():
-        known = frame[frame[name].notna()].sort_values(name, ascending=False).head(STRONGEST)
-        for record in known.to_dict("records"):
+        for record in strongest(frame, name)[:STRONGEST]:
             score = record[name]
             shown = Cell(number_text(score), score, score)
             rows.append([title, record["head"], shown, interval_text(record, name)])
@@ -114,7 +112,7 @@ def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
     page.section("Where attention gathers")
     page.prose(
         "A sink is a key that draws attention whatever it says, most often the first token. "
-        + sink_line(sinks).removeprefix("Sinks: ").capitalize()
+        + _sentence(sink_line(sinks).removeprefix("Sinks: "))
     )
     page.figure(
         figures["sinks"],
@@ -124,14 +122,15 @@ def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
     page.figure(
         figures["sink-positions"], "Mean weight by position, from the rows that see the key."
     )
-    found = [
-        [str(sink.head), str(sink.prompt), str(sink.position), sink.token, _cell(sink.share)]
-        for sink in sinks.calibration[:200]
-    ]
+    found: list[list[str | Cell]] = []
+    for sink in sinks.calibration[:MOST_SINKS]:
+        place = (str(sink.head), str(sink.prompt), str(sink.position), visible(sink.token))
+        found.append([*place, _cell(sink.share)])
     if found:
         page.prose(
             f"{len(sinks.calibration)} keys get far more than an even share of a head's attention "
-            "in one text (over 5 / length)" + ("; the strongest 200:" if len(found) == 200 else ":")
+            "in one text (over 5 / length)"
+            + (f"; the strongest {len(found)}:" if len(found) == MOST_SINKS else ":")
         )
         page.table(("head", "text", "position", "token", "share"), found)
     for note in sinks.notes:
@@ -175,7 +174,7 @@ def _ablation(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) 
         "diamonds are the mean of other heads of the same layer: what taking out just any head "
         "costs."
     )
-    page.points(ablation_lines(ablation, most=6))
+    page.points(ablation_lines(ablation, findings.anatomy.vocab, most=6))
     page.figure(figures["ranking"], "The largest effects, with 95 % intervals over prompts.")
     page.figure(figures["ablation"], f"Change of {metric} when a head is ablated.")
     for note in ablation.notes:
@@ -189,23 +188,32 @@ def _all_heads(page: Page, findings: Findings) -> None:
         return
     page.section("Every head")
     page.prose("Click a column to sort by it. heads.csv and heads.parquet hold every number.")
-    largest = {name: float(table[name].abs().max()) for name in columns}
-    rows = [_head_row(record, columns, largest) for record in table.to_dict("records")]
-    page.table(("head", *(HEADINGS.get(name, name) for name in columns)), rows)
+    records: list[dict[str, Any]] = table.to_dict("records")
+    largest = {
+        name: max((abs(r[name]) for r in records if r[name] == r[name]), default=0.0)
+        for name in columns
+    }
+    rows = [_head_row(record, columns, largest) for record in records]
+    headings = ["head", *(HEADINGS.get(name, name) for name in columns)]
+    page.table([*headings, "interval"] if "effect" in columns else headings, rows)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _head_row(
     record: dict[str, Any], columns: list[str], largest: Mapping[str, float]
 ) -> list[str | Cell]:
-    order = list(PLACE).index("index")
-    number = record["layer"] * 10_000 + record[PLACE[order]]
-    row: list[str | Cell] = [Cell(record["head"], f"{record['site']} {number:09d}")]
+    row: list[str | Cell] = [record["head"]]
     for name in columns:
         value = float(record[name])
         share = None
-        if name not in ("effect_low", "effect_high") and value == value and largest[name] > 0:
+        if value == value and largest[name] > 0:
             share = abs(value) / (largest[name] if largest[name] > 1 else 1)
         row.append(_cell(value, share))
+    if "effect" in columns:
+        row.append(interval_text(record, "effect"))
     return row
 
 

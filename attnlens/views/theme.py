@@ -78,12 +78,15 @@ def colour_axis(scale: str, low: float, high: float, title: str) -> dict[str, An
     }
 
 
-def token_label(text: str, longest: int = LONGEST) -> str:
-    """A token as one visible line of HTML: spaces as dots, controls as pictures, markup escaped."""
+def visible(text: str, longest: int = LONGEST) -> str:
+    """A token as one visible line of text: spaces as dots, controls as pictures."""
     shown = "".join(_visible(character) for character in text) or "\u2205"
-    if len(shown) > longest:
-        shown = shown[: longest - 1] + "\u2026"
-    return html.escape(shown)
+    return shown if len(shown) <= longest else shown[: longest - 1] + "\u2026"
+
+
+def token_label(text: str, longest: int = LONGEST) -> str:
+    """A token as one visible line of HTML: plotly reads labels as markup, so it is escaped."""
+    return html.escape(visible(text, longest))
 
 
 def position_labels(tokens: Sequence[str] | None, count: int) -> list[str]:

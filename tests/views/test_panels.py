@@ -16,8 +16,8 @@ FRAME = pd.DataFrame(
         "layer": [0, 0, 2],
         "index": [0, 1, 0],
         "effect": [1.0, -3.0, 0.5],
-        "low": [0.5, -3.5, 0.4],
-        "high": [1.5, -2.5, 0.6],
+        "effect_low": [0.5, -3.5, 0.4],
+        "effect_high": [1.5, -2.5, 0.6],
     }
 )
 
@@ -32,16 +32,19 @@ def test_each_head_stands_at_its_layer_and_number():
 
 
 def test_signed_scales_are_centred_and_masses_begin_at_0():
-    quantities = [Quantity("effect", "Effect", signed=True), Quantity("high", "Mass", high=1)]
+    quantities = [
+        Quantity("effect", "Effect", signed=True),
+        Quantity("effect_high", "Mass", mass=True),
+    ]
     figure = head_grids(FRAME, quantities, "t")
     first, second = figure.layout.coloraxis, figure.layout.coloraxis2
     assert (first.cmin, first.cmax) == (-3, 3)
-    assert (second.cmin, second.cmax) == (0, 1)
+    assert (second.cmin, second.cmax) == (0, 2.5)
     assert [trace.coloraxis for trace in figure.data] == ["coloraxis", "coloraxis2"]
 
 
 def test_hover_names_head_value_and_interval():
-    quantity = Quantity("effect", "Effect", interval=("low", "high"))
+    quantity = Quantity("effect", "Effect")
     figure = head_grids(FRAME, [quantity], "t")
     text = figure.data[0].customdata[0][1]
     assert "L0H1" in text
