@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnlens.errors import SeamError, UnsupportedModelError
@@ -114,11 +114,12 @@ def _register(kernel: str) -> str:
             call = listener.attended(call)
         return call.output, weights
 
-    # Without a mask function under the same name the mask is silently None and causality is lost.
-    if kernel not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+    # Without a mask function under the same name the mask is silently None and causality is lost;
+    # rows can be read off masks of eager's and sdpa's form only.
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(kernel) not in (eager_mask, sdpa_mask):
         raise UnsupportedModelError(
-            f"The attention kernel {kernel!r} has no mask function in transformers. "
-            "Load the model with attn_implementation='sdpa' or 'eager'."
+            f"attnlens cannot read the masks of the attention kernel {kernel!r}. Load the model with "
+            "attn_implementation='sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
         )
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
     AttentionInterface.register(name, attend)
