@@ -55,6 +55,12 @@ Ablate = Annotated[
     Mode,
     typer.Option(help="Put zero, the head's mean output, or evenly spread attention in its place."),
 ]
+Heads = Annotated[
+    str, typer.Option(help='Heads to ablate: "all", "L3", "L2:", "L3H5,L4H0", "dec.L1H2".')
+]
+Budget = Annotated[
+    str, typer.Option(help="Memory for the attention maps of the prompt; refused over it.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's where not given.")
@@ -103,6 +109,8 @@ def profile(
     ] = TaskName.REPEAT,
     prompts: Prompts = 16,
     ablate: Ablate = Mode.ZERO,
+    heads: Heads = "all",
+    budget: Budget = "2GB",
     cut: Cut = False,
     tokenizer: Tokenizer = None,
     device: Device = None,
@@ -116,7 +124,8 @@ def profile(
     from attnlens.cli.commands import report
 
     report(
-        model, out, file=file, task=task.value, prompts=prompts, mode=ablate.value, cut=cut,
+        model, out, file=file, task=task.value, prompts=prompts, mode=ablate.value, heads=heads,
+        budget=budget, cut=cut,
         tokenizer=tokenizer, device=device, dtype=dtype,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from attnlens.cli.doctor import verdict
-from attnlens.cli.main_job import build_task, run_report
+from attnlens.cli.main_job import Plan, build_task, run_report
 from attnlens.cli.passages import PLAIN
 from attnlens.cli.progress import Steps, progress
 from attnlens.cli.texts import check_lengths, cut_texts, read_texts
@@ -26,6 +26,8 @@ def report(
     task: str = "repeat",
     prompts: int = 16,
     mode: str = "zero",
+    heads: str = "all",
+    budget: str = "2GB",
     cut: bool = False,
     tokenizer: str | None = None,
     device: str | None = None,
@@ -38,7 +40,8 @@ def report(
         lens.check().raise_problems()
         chosen = _texts(lens, given, texts, cut)
         built = build_task(lens, task, prompts)
-        findings = run_report(lens, chosen, built, out, name=_name(model), mode=mode, steps=steps)
+        plan = Plan(_name(model), mode, heads, budget)
+        findings = run_report(lens, chosen, built, out, plan, steps)
     typer.echo()
     for line in findings.lines():
         typer.echo(line)

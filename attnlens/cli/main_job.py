@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from attnlens.analyses.head_types import HeadTypes, head_types
 from attnlens.analyses.profile import Profile, profile
 from attnlens.analyses.rollout import Rollout, rollout
 from attnlens.analyses.sinks import Sinks, sinks
+from attnlens.anatomy import HeadSpec
 from attnlens.cli.output import staged
 from attnlens.cli.progress import Steps, silent
 from attnlens.cli.texts import cut_texts
@@ -31,14 +33,26 @@ PROMPT_TOKENS = 40
 """The prompt of the heat maps is at most so long: its labels can be read."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What can be chosen about the main job."""
+
+    name: str = "model"
+    """What the report calls the model."""
+    mode: str = "zero"
+    """What takes the place of an ablated head: "zero", "mean" or "uniform"."""
+    heads: HeadSpec = "all"
+    """The heads to ablate."""
+    budget: str = "2GB"
+    """Memory for the attention maps of the prompt."""
+
+
 def run_report(
     lens: Lens,
     texts: Sequence[str],
     task: Task | None,
     out: str | Path,
-    *,
-    name: str = "model",
-    mode: str = "zero",
+    plan: Plan | None = None,
     steps: Steps = silent,
 ) -> Findings:
     """Find out what a model's heads do and write it to the folder `out`.
@@ -49,7 +63,7 @@ def run_report(
     and the findings say why. Raises what the parts raise, and FileError.
     """
     with staged(Path(out)) as folder:
-        findings = find_out(lens, texts, task, name=name, mode=mode, steps=steps)
+        findings = find_out(lens, texts, task, plan, steps)
         with steps("Writing the report"):
             write_report(findings, folder)
     return findings
@@ -59,21 +73,21 @@ def find_out(
     lens: Lens,
     texts: Sequence[str],
     task: Task | None,
-    *,
-    name: str = "model",
-    mode: str = "zero",
+    plan: Plan | None = None,
     steps: Steps = silent,
 ) -> Findings:
     """Everything that `run_report` writes, as one value."""
+    plan = plan or Plan()
+    lens.anatomy.find(plan.heads)  # a head that is not there is said before anything runs
     left_out: list[str] = []
     with steps("Checking the instrument"):
         check = lens.check()
         check.raise_problems()
     read = _read(lens, list(texts), steps, left_out)
-    prompt = _prompt(lens, texts, steps, left_out)
-    ablation = _ablation(lens, task, mode, steps, left_out)
+    prompt = _prompt(lens, texts, plan, steps, left_out)
+    ablation = _ablation(lens, task, plan, steps, left_out)
     return Findings(
-        name, lens.anatomy, check, tuple(texts), *read, *prompt, ablation, tuple(left_out)
+        plan.name, lens.anatomy, check, tuple(texts), *read, *prompt, ablation, tuple(left_out)
     )
 
 
@@ -144,14 +158,14 @@ def _inputs(lens: Lens, texts: list[str], left_out: list[str]) -> Inputs:
 
 
 def _prompt(
-    lens: Lens, texts: Sequence[str], steps: Steps, left_out: list[str]
+    lens: Lens, texts: Sequence[str], plan: Plan, steps: Steps, left_out: list[str]
 ) -> tuple[Trace | None, Rollout | None]:
     """Attention and rollout of the beginning of the first text."""
     if not texts or not reads_text(lens):
         return None, None
     start = cut_texts(lens, (texts[0],), PROMPT_TOKENS)[0]
     with steps("Rolling attention out over a prompt"):
-        trace = lens.run(start, keep=("pattern",))
+        trace = lens.run(start, keep=("pattern",), budget=plan.budget)
         stack = lens.anatomy.stacks[0]
         rolled = rollout(trace, stack=stack or None)
     if len(lens.anatomy.stacks) > 1:
@@ -160,11 +174,12 @@ def _prompt(
 
 
 def _ablation(
-    lens: Lens, task: Task | None, mode: str, steps: Steps, left_out: list[str]
+    lens: Lens, task: Task | None, plan: Plan, steps: Steps, left_out: list[str]
 ) -> Ablation | None:
     if task is None:
         why = no_grading(lens) or "no task was asked for"
         left_out.append(f"Ablation is left out: {why}.")
         return None
-    with steps(f"Ablating {len(lens.anatomy.heads)} heads one by one") as advance:
-        return ablate(lens, task, mode=mode, progress=advance)
+    count = len(lens.anatomy.find(plan.heads))
+    with steps(f"Ablating {count} heads one by one") as advance:
+        return ablate(lens, task, plan.heads, plan.mode, progress=advance)
