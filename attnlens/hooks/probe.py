@@ -9,6 +9,7 @@ and without it must agree bit for bit.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ OUTSIDE = (
 )
 
 
+OTHER_STREAMS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+"""What transformers calls the stream that cross-attention reads."""
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run in eval mode; afterwards every module is in the mode it was in."""
@@ -48,6 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Anatomy:
     """The anatomy of a model, from one run with and one without the seam on `inputs`."""
     refuse_bridge(model)
+    seam.restore(seam.switch(model))  # a kernel that cannot be read is refused before anything runs
     with torch.no_grad(), evaluating(model):
         plain = output_tensors(model(**inputs))
         with _Probe(model) as probe:
@@ -87,6 +93,8 @@ class _Seen:
     module: str
     index: int
     call: Call
+    elsewhere: bool
+    """Whether the module was given another stream to read its keys from."""
     output: str | None = None
 
 
@@ -100,6 +108,7 @@ class _Probe:
     final_norm: str | None = None
     unseen: tuple[str, ...] = ()
     _ran: list[str] = field(default_factory=list)
+    _elsewhere: set[int] = field(default_factory=set)
     _norms: list[tuple[str, Tensor]] = field(default_factory=list)
     _names: dict[int, str] = field(default_factory=dict)
     _undo: list[Any] = field(default_factory=list)
@@ -128,6 +137,9 @@ class _Probe:
         if _is_attention(module) and not any(map(_is_attention, list(module.modules())[1:])):
             handle = module.register_forward_hook(lambda *_, name=name: self._ran.append(name))
             self._undo.append(handle.remove)
+        if _is_attention(module):
+            handle = module.register_forward_pre_hook(self._note_streams, with_kwargs=True)
+            self._undo.append(handle.remove)
         if "norm" in type(module).__name__.lower():
             handle = module.register_forward_hook(
                 lambda _m, _a, output, name=name: self._norms.append((name, output))
@@ -155,8 +167,16 @@ class _Probe:
     def attended(self, call: Call) -> Call:
         name = self._names[id(call.module)]
         index = sum(seen.module == name for seen in self.calls)
-        self.calls.append(_Seen(name, index, call))
+        self.calls.append(_Seen(name, index, call, id(call.module) in self._elsewhere))
         return call
+
+    def _note_streams(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(isinstance(given.get(name), Tensor) for name in OTHER_STREAMS):
+            self._elsewhere.add(id(module))
 
     def _projected(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], Tensor):
@@ -234,7 +254,7 @@ def _site(model: nn.Module, seen: _Seen) -> Site:
     queries, keys = call.query.shape[2], call.key.shape[2]
     upcast, sinks = softmax_rule(call)
     rows = Rows.of(call, upcast, sinks)
-    cross = queries != keys
+    cross = seen.elsewhere or queries != keys
     causal = False
     if not cross and queries > 1:
         above = torch.ones(queries, keys, dtype=torch.bool, device=call.query.device).triu(1)
