@@ -114,7 +114,7 @@ def rollout_matrix(
 def rolled(
     patterns: Iterable[Float[Tensor, "batch head query key"]], settings: RolloutSettings
 ) -> Iterator[tuple[Float[Tensor, "batch query key"], Float[Tensor, "batch query key"]]]:
-    """The fused and the cumulative map of each layer; layers may differ in their number of heads."""
+    """The fused and the cumulative map of each layer; the number of heads may differ."""
     below: Tensor | None = None
     for given in patterns:
         pattern = given if given.dtype == torch.float64 else given.float()

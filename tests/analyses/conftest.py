@@ -1,10 +1,13 @@
 """Tiny models whose attention is known, or random with sharp rows."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import attnlens as al
+from attnlens.hooks.rows import Rows
 from attnlens.lens import Lens
 from attnlens.zoo import induction_model
 from tests.architectures import ARCHITECTURES
@@ -46,6 +49,17 @@ def even_lens() -> Lens:
 @pytest.fixture(scope="session")
 def induction_lens() -> Lens:
     return al.load(induction_model())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come one at a time, so that blocks of windowed layers begin after the first key."""
+    whole = Rows.blocks
+
+    def one_by_one(self: Rows, budget: int = 0, rows: slice | None = None) -> Iterator[slice]:
+        return whole(self, 1, rows)
+
+    monkeypatch.setattr(Rows, "blocks", one_by_one)
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ def test_rollout_of_a_trace_is_that_of_its_patterns(random_lens: Lens, ids: Tens
     trace = random_lens.run(ids, keep="pattern")
     found = rollout(trace)
     assert torch.equal(found.matrix, rollout_matrix(trace.pattern.stack()))
+    assert torch.equal(found.maps, trace.pattern.stack().mean(2))
     assert found.layers == ("L0", "L1", "L2")
     frame = found.to_frame(prompt=1)
     assert len(frame) == 12 * 12
@@ -154,6 +155,17 @@ def test_one_row_streamed_is_the_row_of_the_dense_one(name: str, fuse: str) -> N
             assert found.tokens == dense.tokens
     with pytest.raises(InputError, match="target=12"):
         rollout_from(lens, inputs, 12, settings)
+
+
+@pytest.mark.parametrize("fuse", FUSED)
+def test_blocks_that_begin_inside_a_window(fuse: str, request: pytest.FixtureRequest) -> None:
+    lens = architecture("gpt_oss")
+    settings = RolloutSettings(fuse, 0.4, 0.5)  # type: ignore[arg-type]
+    dense = rollout(lens.run(padded("left"), keep="pattern"), settings)
+    request.getfixturevalue("small_blocks")
+    found = rollout_from(lens, padded("left"), settings=settings)
+    for prompt, place in enumerate(found.target):
+        assert torch.allclose(found.row[prompt], dense.last[prompt, place], atol=1e-12)
 
 
 def padded(side: str) -> dict[str, Tensor]:

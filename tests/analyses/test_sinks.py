@@ -39,6 +39,7 @@ def test_random_attention_against_its_own_patterns(random_lens: Lens, ids: Tenso
     assert torch.allclose(found.sink_rate, (alpha > 0.2).double().mean(0))
     assert torch.allclose(found.rate.mean, (alpha > 0.2).double().mean((0, 1)))
     assert 0 < float(found.rate.mean.max()) < 1
+    assert (found.learned == 0).all()
     over = {(s.prompt, found.heads.index(s.head), s.position) for s in found.calibration}
     assert over == set(map(tuple, (share > 0.1).nonzero().tolist()))
     assert list(found.calibration) == sorted(found.calibration, key=lambda s: -s.share)
@@ -95,6 +96,14 @@ def test_learned_sinks_take_what_no_key_gets() -> None:
     assert torch.allclose(found.share.sum(-1), rows, atol=1e-6)
     assert rows.max() < 0.999
     assert any("Learned sinks" in note for note in found.notes)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_share_counts_rows_that_cannot_see_a_key() -> None:
+    lens = architecture("gpt_oss")
+    ids = torch.arange(5, 29).view(2, 12)
+    patterns = lens.run(ids, keep="pattern").pattern.stack().flatten(1, 2)
+    assert torch.allclose(sinks(lens, ids).share, patterns.mean((0, 2)), atol=1e-6)
 
 
 def test_padding_on_either_side_gives_the_same(random_lens: Lens) -> None:
