@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from attnlens.errors import FileError, UnsupportedModelError, WeightsError
+from attnlens.errors import FileError, InputError, UnsupportedModelError, WeightsError
 from attnlens.hooks.probe import refuse_bridge
 from attnlens.lens.lens import Lens
 
@@ -37,17 +37,19 @@ def load(
     self-check runs and an instrument that would not be exact is refused.
 
     Raises FileError (no such folder), WeightsError (pickle only, damaged, missing or NaN weights),
-    UnsupportedModelError (attention outside the seam, code from strangers), SeamError (self-check).
+    UnsupportedModelError (attention outside the seam, code from strangers), SeamError (self-check),
+    InputError (no such dtype or device).
     """
+    place, precision = _device(device), _dtype(dtype)
     if isinstance(model, nn.Module):
-        refuse_bridge(model)
+        _refuse_foreign(model)
         opened = model
-        if dtype is not None or device is not None:
-            opened = model.to(device=device, dtype=_dtype(dtype))
+        if precision is not None or place is not None:
+            opened = model.to(device=place, dtype=precision)
     else:
         source = _source(model)
-        opened = _open(source, _dtype(dtype))
-        opened.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        opened = _open(source, precision)
+        opened.to(place or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
     if isinstance(tokenizer, (str, Path)):
         found = _tokenizer(str(tokenizer))
@@ -74,13 +76,35 @@ def refuse_nan(model: nn.Module) -> None:
             )
 
 
+def _refuse_foreign(model: nn.Module) -> None:
+    """Models of other libraries have other doors."""
+    refuse_bridge(model)
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no transformers model: it has no config. Load one with "
+            "transformers (AutoModelForCausalLM.from_pretrained) or give al.load its folder."
+        )
+
+
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise WeightsError(f"{dtype!r} is no dtype. Write 'float32', 'bfloat16' or 'float16'.")
-        return found
-    return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(
+            f"A model cannot have the dtype {dtype!r}. Write 'float32', 'bfloat16' or 'float16'."
+        )
+    return found
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"The device {str(device)!r} cannot be used here ({_first_line(error)}). Write 'cpu'"
+            + (", 'cuda'." if torch.cuda.is_available() else ".")
+        ) from error
 
 
 def _source(model: str | Path) -> str:
@@ -127,6 +151,7 @@ def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
             )
     except SafetensorError as error:
         raise WeightsError(
@@ -141,6 +166,10 @@ def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
                 "from a model folder; load the model yourself if you trust it, and give it to "
                 "al.load(model)."
             ) from error
+        if "does not recognize this architecture" in str(error):
+            raise UnsupportedModelError(
+                f"{source} cannot be opened: {_first_line(error).split('. ')[0]}."
+            ) from error
         raise WeightsError(f"{source} cannot be opened: {_first_line(error)}") from error
     _refuse_gaps(source, report)
     return model.eval()
@@ -149,7 +178,7 @@ def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
 def _refuse_gaps(source: str, report: Mapping[str, Any]) -> None:
     """Weights that the file lacks are random: their figures would mean nothing."""
     missing = [key for key in sorted(report.get("missing_keys", ())) if "pooler" not in key]
-    wrong = [str(key) for key in report.get("mismatched_keys", ())]
+    wrong = [f"{key} of another shape" for key, *_ in sorted(report.get("mismatched_keys", ()))]
     if missing or wrong:
         names = ", ".join((missing + wrong)[:3])
         raise WeightsError(
