@@ -152,7 +152,8 @@ class Anatomy:
         if found is None:
             raise HeadError(
                 f"Cannot read {part!r} in the head specification {spec!r}. "
-                'Write "L3H5", "L3", "L3:", "L3:5", "cross.L3H5", several with commas, or "all".'
+                'Write "L3H5", "L3", "L3:", "L3:5", "cross.L3H5", several with commas, or "all". '
+                + self._what_exists()
             )
         stack, first = found["stack"] or "", int(found["from"])
         if found["open"]:

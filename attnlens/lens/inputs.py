@@ -136,19 +136,33 @@ class Encoder:
 
     def _prepare(self, inputs: Inputs) -> dict[str, Any]:
         if isinstance(inputs, Mapping):
-            return dict(inputs)
+            return self._given(inputs)
         if isinstance(inputs, str):
             return self._tokenise([inputs])
         if isinstance(inputs, Tensor):
-            ids = inputs[None] if inputs.ndim == 1 else inputs
-            return {"input_ids": ids}
+            return {"input_ids": inputs[None] if inputs.ndim == 1 else inputs}
+        if not isinstance(inputs, Sequence):
+            raise InputError(
+                f"Cannot read {type(inputs).__name__} as input: give a text, texts, token ids, or "
+                "the dictionary of a tokenizer or processor."
+            )
         if not len(inputs):
             raise InputError("The input is empty: give a text, texts, or token ids.")
         if all(isinstance(part, str) for part in inputs):
             return self._tokenise(list(inputs))  # type: ignore[arg-type]
-        if all(isinstance(part, int) for part in inputs):
-            return {"input_ids": torch.tensor([inputs])}
-        return {"input_ids": _stack_ids(inputs)}  # type: ignore[arg-type]
+        rows = [inputs] if all(isinstance(part, int) for part in inputs) else list(inputs)
+        return {"input_ids": _stack_ids(rows)}  # type: ignore[arg-type]
+
+    @staticmethod
+    def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A dictionary as it is; lists, as tokenizers return them, become tensors."""
+        prepared = {
+            name: _stack_ids(value) if isinstance(value, Sequence) else value
+            for name, value in inputs.items()
+        }
+        if not any(isinstance(value, Tensor) for value in prepared.values()):
+            raise InputError("The dictionary holds no tensor: give for example input_ids.")
+        return prepared
 
     def _tokenise(self, texts: list[str]) -> dict[str, Any]:
         if self.tokenizer is None:
@@ -244,12 +258,24 @@ class Encoder:
         )
 
 
-def _stack_ids(rows: Sequence[Sequence[int]]) -> Tensor:
+def _stack_ids(rows: Sequence[Any]) -> Tensor:
+    """Lists of ids as a tensor; all of one length."""
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
+    if all(isinstance(row, int) for row in rows):
+        rows = [rows]
+    if not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows) or not all(
+        isinstance(token, int) for row in rows for token in row
+    ):
+        raise InputError(
+            "The input is a list of neither texts nor token ids: give texts, or lists of whole "
+            "numbers."
+        )
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
         raise InputError(
-            f"The id lists have {min(lengths)} to {max(lengths)} tokens. Pad them and say which are "
-            "real: lens.run({'input_ids': ..., 'attention_mask': ...}); texts are padded for you."
+            f"The id lists have {min(lengths)} to {max(lengths)} tokens. Pad them and say which "
+            "are real: lens.run({'input_ids': ..., 'attention_mask': ...}); texts are padded for "
+            "you."
         )
     return torch.tensor(rows)
 

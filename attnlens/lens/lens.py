@@ -325,7 +325,7 @@ def parse_bytes(budget: str | int) -> int:
     """`"2GB"`, `"500 MB"` or a number of bytes."""
     if isinstance(budget, int):
         return budget
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)B?\s*", budget)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", budget)
     if found is None:
         raise InputError(f"Cannot read the budget {budget!r}. Write '2GB' or '500MB'.")
     return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))

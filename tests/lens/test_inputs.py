@@ -1,0 +1,229 @@
+"""What may be given to a lens, what it becomes, and what is refused with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnlens as al
+from attnlens.errors import BudgetError, HeadError, InputError
+from attnlens.lens import Lens
+from attnlens.lens.lens import parse_bytes
+from tests.architectures import ARCHITECTURES
+
+
+def opened(name: str) -> Lens:
+    model = ARCHITECTURES[name].build()
+    return Lens(model, example=ARCHITECTURES[name].inputs(model))
+
+
+@pytest.fixture(scope="module")
+def lens() -> Lens:
+    return opened("llama")
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data: Path) -> Lens:
+    """A model with a tokenizer."""
+    return al.load(shared_data / "stories260K")
+
+
+def test_forms_of_token_ids(lens: Lens) -> None:
+    tensor = torch.tensor([[20, 21, 22]])
+    forms: list[Any] = [
+        [20, 21, 22],
+        (20, 21, 22),
+        [[20, 21, 22]],
+        tensor,
+        tensor[0],
+        [tensor[0]],
+        {"input_ids": tensor},
+        {"input_ids": [[20, 21, 22]], "attention_mask": [[1, 1, 1]]},
+    ]
+    for form in forms:
+        batch = lens.encode(form)
+        assert torch.equal(batch.ids, tensor)
+        assert batch.lengths == (3,)
+        assert batch.tokens == (("20", "21", "22"),)
+        assert batch.real is None
+
+
+def test_texts_are_padded_on_the_right(stories: Lens) -> None:
+    batch = stories.encode(["Once upon a time", "Once"])
+    assert batch.lengths[0] > batch.lengths[1]
+    assert batch.real is not None
+    assert batch.real[1].tolist() == sorted(batch.real[1].tolist(), reverse=True)
+    assert [len(words) for words in batch.tokens] == list(batch.lengths)
+    alone = stories.run("Once").pattern["L1"]
+    together = stories.run(["Once upon a time", "Once"]).pattern["L1"]
+    length = batch.lengths[1]
+    torch.testing.assert_close(together[1:, :, :length, :length], alone)
+    assert together[1, :, :length, length:].eq(0).all()
+
+
+def test_left_padding_counts_positions_from_the_first_token() -> None:
+    """Learned positions: the padded prompt must read those that it reads alone."""
+    lens = opened("gpt2")
+    ids = torch.tensor([[0, 0, 20, 21, 22]])
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    padded = lens.run({"input_ids": ids, "attention_mask": mask}).pattern["L1"]
+    torch.testing.assert_close(padded[..., 2:, 2:], lens.run(ids[:, 2:]).pattern["L1"])
+
+
+def test_the_decoder_starts_where_nothing_is_said() -> None:
+    lens = opened("bart")
+    batch = lens.encode([20, 21, 22])
+    start = lens.model.config.decoder_start_token_id
+    assert batch.inputs["decoder_input_ids"].tolist() == [[start]]
+    assert lens.run([20, 21, 22]).pattern["cross.L1"].shape == (1, 2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "empty"),
+        ("", "no tokenizer"),
+        ([[]], "shape [1, 0]"),
+        (torch.zeros(0, dtype=torch.long), "shape [1, 0]"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), "shape [1, 2, 3]"),
+        ([[20, 21], [20]], "1 to 2 tokens"),
+        ([[20, 21], [20]], "attention_mask"),
+        ([20, 96], "the id 96; the model's vocabulary is 0 to 95"),
+        ([20, -1], "the id -1"),
+        (torch.tensor([0.5, 1.0]), "token ids are integers"),
+        ([0.5, 1.0], "neither texts nor token ids"),
+        (["a", 3], "neither texts nor token ids"),
+        ([[1, 2], "b"], "neither texts nor token ids"),
+        (3, "Cannot read int"),
+        (None, "Cannot read NoneType"),
+        ([20] * 65, "65 tokens and the model reads at most 64"),
+        ("a text", "no tokenizer"),
+        ({}, "no tensor"),
+        ({"input_ids": None}, "no tensor"),
+        (
+            {"input_ids": torch.tensor([[20, 21]]), "attention_mask": torch.tensor([[1]])},
+            "attention_mask has shape [1, 1] and input_ids [1, 2]",
+        ),
+        (
+            {"input_ids": torch.tensor([[20, 21]]), "attention_mask": torch.tensor([[0, 0]])},
+            "hides every token",
+        ),
+        ({"inputs_embeds": torch.full((1, 3, 32), float("nan"))}, "inputs_embeds holds NaN"),
+    ],
+)
+def test_bad_inputs(lens: Lens, given: Any, words: str) -> None:
+    for use in (lens.run, lens.encode, lambda x: lens.measure(x, al.Entropy()), lens.mean_z):
+        with pytest.raises(InputError) as refused:
+            use(given)
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["", "   ", ["Once", ""], ["Once", "\n"]])
+def test_empty_texts(stories: Lens, given: Any) -> None:
+    number = len(given) - 1 if isinstance(given, list) else 0
+    with pytest.raises(InputError, match=f"Text {number} is empty"):
+        stories.run(given)
+
+
+def test_a_text_longer_than_the_context(stories: Lens) -> None:
+    with pytest.raises(InputError, match=r"tokens and the model reads at most 512.*[Ss]horten"):
+        stories.run("Once upon a time there was a dog. " * 200)
+
+
+def test_nan_pixels() -> None:
+    lens = opened("vit")
+    pixels = ARCHITECTURES["vit"].inputs(lens.model)["pixel_values"]  # type: ignore[arg-type]
+    pixels[0, 0, 1, 2] = float("nan")
+    with pytest.raises(InputError, match="pixel_values holds NaN"):
+        lens.run({"pixel_values": pixels})
+
+
+NAMED: list[tuple[Callable[[Lens], Any], str]] = [
+    (lambda lens: lens.run([20], heads="L0H9"), "'L0H9' names head 9 of L0"),
+    (lambda lens: lens.run([20], layers="L7"), "'L7' names no layer"),
+    (lambda lens: lens.run([20], layers=7), "no site 'L7'"),
+    (lambda lens: lens.run([20], heads=[(0, 9)]), "(0, 9) names head 9"),
+    (lambda lens: lens.run([20], heads="H3"), "Cannot read 'H3'"),
+    (lambda lens: lens.run([20], heads="cross.L0H0"), "names no layer"),
+    (lambda lens: lens.measure([20], al.Entropy(), layers="L2"), "names no layer"),
+    (lambda lens: lens.weights("L5"), "no site 'L5'"),
+    (lambda lens: lens.run([20]).pattern["L5"], "Nothing was kept at 'L5'"),
+]
+
+
+@pytest.mark.parametrize(("use", "words"), NAMED)
+def test_unknown_heads_say_what_exists(lens: Lens, use: Callable[[Lens], Any], words: str) -> None:
+    with pytest.raises(HeadError) as refused:
+        use(lens)
+    message = str(refused.value)
+    assert words in message
+    assert "L0..1 with 4 heads" in message or "there is L0, L1" in message
+
+
+def test_no_head_in_common(lens: Lens) -> None:
+    with pytest.raises(InputError, match="no head in common"):
+        lens.run([20], layers="L0", heads="L1H0")
+
+
+def test_what_was_not_kept_or_measured(lens: Lens) -> None:
+    with pytest.raises(InputError, match=r"'q' was not kept.*keep=\('q'"):
+        _ = lens.run([20], keep="z").q
+    with pytest.raises(InputError, match="'sinks' was not measured; there is entropy"):
+        _ = lens.measure([20], al.Entropy())["sinks"]
+
+
+def test_over_budget(lens: Lens) -> None:
+    with pytest.raises(BudgetError, match=r"lens\.measure"):
+        lens.run([20] * 60, budget="1kB")
+    with pytest.raises(InputError, match="Cannot read the budget 'much'"):
+        lens.run([20], budget="much")
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("2GB", 2 * 10**9), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("12", 12), (7, 7)],
+)
+def test_budgets(written: str | int, count: int) -> None:
+    assert parse_bytes(written) == count
+
+
+@pytest.mark.parametrize("written", ["", "GB", "1.2.3GB", "-1GB", "2 lots"])
+def test_budgets_that_cannot_be_read(written: str) -> None:
+    with pytest.raises(InputError, match="budget"):
+        parse_bytes(written)
+
+
+def test_logits_at_the_asked_positions(lens: Lens) -> None:
+    ids = torch.arange(20, 44).view(2, 12)
+    with torch.no_grad():
+        whole = lens.model(input_ids=ids).logits
+    reads = torch.tensor([[3, 11], [0, 5]])
+    found = lens.logits(ids, reads, batch_size=1)
+    wanted = torch.stack([whole[0, [3, 11]], whole[1, [0, 5]]])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(lens.logits(ids, reads), wanted)
+
+
+def test_a_trace_as_a_table(lens: Lens) -> None:
+    trace = lens.run([20, 21, 22], keep="pattern", heads="L1H2,L1H0", rows=[2])
+    table = trace.to_frame()
+    assert list(table["head"].unique()) == [2, 0]
+    assert len(table) == 2 * 1 * 3
+    own = table[(table["head"] == 0) & (table["key"] == 1)].iloc[0]
+    assert own["pattern"] == pytest.approx(float(trace.pattern["L1"][0, 1, 0, 1]))
+    assert (own["query_token"], own["key_token"]) == ("22", "21")
+
+
+def test_statistics_as_a_table(lens: Lens) -> None:
+    statistics = lens.measure([20, 21, 22], [al.Entropy(), al.OffsetMass((0, 1)), al.ArgMax()])
+    table = statistics.to_frame()
+    columns = ["head", "site", "layer", "index", "entropy", "offset_0", "offset_1"]
+    assert list(table.columns) == columns
+    assert list(table["head"])[:2] == ["L0H0", "L0H1"]
+    wanted = statistics["offset"]["L1"][0, 3, 1]
+    assert table["offset_1"].iloc[7] == pytest.approx(float(wanted))
+    assert statistics["entropy"].stack().shape == (1, 2, 4)
