@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from attnlens.analyses.ablation import Ablation, ablate
+from attnlens.analyses.ablation import Ablation, SetAblation, ablate, ablate_together
 from attnlens.analyses.head_types import HeadTypes, head_types
 from attnlens.analyses.profile import Profile, profile
 from attnlens.analyses.rollout import Rollout, rollout
@@ -21,6 +21,7 @@ from attnlens.errors import TaskError
 from attnlens.lens import Inputs, Lens, Trace
 from attnlens.tasks import Task, indirect_object, key_value, needle, repeated_tokens
 from attnlens.views.findings import Findings
+from attnlens.views.narrative import THRESHOLD
 from attnlens.views.report import write_report
 
 TASKS: dict[str, Callable[[Lens, int], Task]] = {
@@ -86,8 +87,18 @@ def find_out(
     read = _read(lens, list(texts), steps, left_out)
     prompt = _prompt(lens, texts, plan, steps, left_out)
     ablation = _ablation(lens, task, plan, steps, left_out)
+    together = _together(lens, task, read[2], plan, steps)
     return Findings(
-        plan.name, lens.anatomy, check, tuple(texts), *read, *prompt, ablation, tuple(left_out)
+        plan.name,
+        lens.anatomy,
+        check,
+        tuple(texts),
+        *read,
+        *prompt,
+        _repeated(lens, read[2]),
+        ablation,
+        together,
+        tuple(left_out),
     )
 
 
@@ -173,6 +184,14 @@ def _prompt(
     return trace, rolled
 
 
+def _repeated(lens: Lens, types: HeadTypes | None) -> Trace | None:
+    """The best induction head, if there is one, on random tokens said twice."""
+    found = types.of_type("induction", THRESHOLD) if types is not None else ()
+    if not found or no_grading(lens) is not None:
+        return None
+    return lens.run(repeated_tokens(lens, 1).clean, keep=("pattern",), heads=found[0])
+
+
 def _ablation(
     lens: Lens, task: Task | None, plan: Plan, steps: Steps, left_out: list[str]
 ) -> Ablation | None:
@@ -183,3 +202,14 @@ def _ablation(
     count = len(lens.anatomy.find(plan.heads))
     with steps(f"Ablating {count} heads one by one") as advance:
         return ablate(lens, task, plan.heads, plan.mode, progress=advance)
+
+
+def _together(
+    lens: Lens, task: Task | None, types: HeadTypes | None, plan: Plan, steps: Steps
+) -> SetAblation | None:
+    """All induction heads at once: where several do the same, taking out one shows little."""
+    found = types.of_type("induction", THRESHOLD) if types is not None else ()
+    if task is None or len(found) < 2:
+        return None
+    with steps(f"Ablating {len(found)} induction heads together") as advance:
+        return ablate_together(lens, task, found, plan.mode, progress=advance)

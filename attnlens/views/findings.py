@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from attnlens.analyses.ablation import Ablation
+from attnlens.analyses.ablation import Ablation, SetAblation
 from attnlens.analyses.head_types import HeadTypes
 from attnlens.analyses.profile import Profile
 from attnlens.analyses.rollout import Rollout
@@ -16,7 +16,7 @@ from attnlens.hooks.check import Check
 from attnlens.lens.trace import Trace
 from attnlens.views.narrative import check_line, model_line, sink_line, type_lines
 from attnlens.views.panels import PLACE
-from attnlens.views.ranking import ablation_lines
+from attnlens.views.ranking import ablation_lines, together_line
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Findings:
     types: HeadTypes | None = None
     trace: Trace | None = None
     rollout: Rollout | None = None
+    repeated: Trace | None = None
+    """Random tokens said twice, seen by the best induction head."""
     ablation: Ablation | None = None
+    together: SetAblation | None = None
+    """All induction heads ablated at once."""
     left_out: tuple[str, ...] = ()
     """What was left out and why, a sentence each."""
 
@@ -63,4 +67,6 @@ class Findings:
             lines.append(sink_line(self.sinks))
         if self.ablation is not None:
             lines += ablation_lines(self.ablation, self.anatomy.vocab)
+        if self.together is not None:
+            lines.append(together_line(self.together))
         return [*lines, *self.left_out]

@@ -143,7 +143,8 @@ def number_text(value: float) -> str:
     if np.isnan(value):
         return "n/a"
     digits = 3 if abs(value) < 0.1 else 2 if abs(value) < 100 else 0
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    shown = f"{value:.{digits}f}"
+    return shown.replace("-", "\u2212" if float(shown) else "")
 
 
 def interval_text(record: Mapping[str, Any], column: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from attnlens.analyses.ablation import Ablation
+from attnlens.analyses.ablation import Ablation, SetAblation
 from attnlens.views.panels import Quantity, head_grids, interval_text, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import styled
@@ -102,13 +102,38 @@ def ablation_lines(ablation: Ablation, vocab: int | None, most: int = 3) -> list
     if not found:
         return [*lines, f"No single head matters there: no interval lies clear of 0 ({task})."]
     for record in found[:most]:
-        cost = f"{number_text(abs(record['effect']))}{f' {unit}' if unit else ''} of {metric}"
-        low, high = sorted(abs(record[f"effect_{end}"]) for end in ("low", "high"))
-        line = f"Ablating {record['head']} costs {cost} ({number_text(low)} to {number_text(high)}"
+        cost = f"{_amount(record['effect'], unit)} of {metric}"
+        bounds = _bounds(record["effect_low"] * worse, record["effect_high"] * worse)
+        line = f"Ablating {record['head']} costs {cost} ({bounds}"
         if record["control"] == record["control"]:
             line += f"; random heads of its layer {number_text(record['control'] * worse)}"
         lines.append(line + ").")
     return lines
+
+
+def together_line(ablation: SetAblation) -> str:
+    """What taking out all induction heads at once does, beside random sets of as many heads."""
+    metric, unit, worse = METRICS[ablation.metric]
+    costs = ablation.effect * worse > 0
+    sign = worse if costs else -worse
+    line = (
+        f"Ablating the {len(ablation.heads)} induction heads together "
+        f"{'costs' if costs else 'gains'} {_amount(ablation.effect, unit)} of {metric} "
+        f"({_bounds(ablation.low * sign, ablation.high * sign)}"
+    )
+    if not len(ablation.control):
+        return line + "; there are too few other heads in their layers for random sets)."
+    control = number_text(float(ablation.control.mean()) * sign)
+    return line + f"; random sets of as many heads in the same layers {control})."
+
+
+def _amount(effect: float, unit: str) -> str:
+    return number_text(abs(effect)) + (f" {unit}" if unit else "")
+
+
+def _bounds(low: float, high: float) -> str:
+    least, most = sorted((low, high))
+    return f"{number_text(least)} to {number_text(most)}"
 
 
 def _solved(ablation: Ablation, vocab: int | None) -> bool:

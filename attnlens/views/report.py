@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import networkx as nx
 import plotly.graph_objects as go
-import torch
 from plotly.offline import get_plotlyjs
 
-from attnlens.analyses.fusing import fuse_heads
-from attnlens.analyses.rollout import Rollout
 from attnlens.files import replacing, write_atomically
-from attnlens.graphs import attention_graph, export_graph
-from attnlens.lens.trace import Trace
+from attnlens.graphs import export_graph, rollout_graph
 from attnlens.views.findings import Findings
 from attnlens.views.grids import show_sink_positions
 from attnlens.views.page import figure_page
@@ -33,8 +28,8 @@ def write_report(findings: Findings, folder: Path) -> None:
     write_atomically(folder / "heads.csv", heads.to_csv(index=False, lineterminator="\n"))
     with replacing(folder / "heads.parquet") as temporary:
         heads.to_parquet(temporary, index=False)
-    if findings.trace is not None and findings.rollout is not None:
-        export_graph(_flow(findings.trace, findings.rollout), folder / "rollout.graphml")
+    if findings.rollout is not None:
+        export_graph(rollout_graph(findings.rollout), folder / "rollout.graphml")
     drawn = figures(findings)
     place = folder / "figures"
     place.mkdir()
@@ -43,21 +38,6 @@ def write_report(findings: Findings, folder: Path) -> None:
         title = f"{findings.model}: {name.replace('-', ' ')}"
         write_atomically(place / f"{name}.html", figure_page(figure, title, PLOTLY))
     write_atomically(folder / "index.html", report_page(findings, drawn))
-
-
-def _flow(trace: Trace, rolled: Rollout) -> nx.MultiDiGraph[str]:
-    """The graph that the rollout multiplied along, heads fused as in the rollout."""
-    own = torch.arange(len(rolled.tokens[0]))
-    patterns = [trace.pattern[site][:1].float().cpu() for site in rolled.layers]
-    maps = torch.cat([fuse_heads(pattern, own, rolled.settings) for pattern in patterns])
-    settings = {"fuse": rolled.settings.fuse, "sites": list(rolled.layers)}
-    return attention_graph(
-        maps,
-        rolled.tokens[0],
-        rolled.settings.residual,
-        threshold=0.01,
-        attributes={"kind": "rollout", "model": trace.anatomy.model} | settings,
-    )
 
 
 def figures(findings: Findings) -> dict[str, go.Figure]:
@@ -72,6 +52,8 @@ def figures(findings: Findings) -> dict[str, go.Figure]:
     if findings.sinks is not None:
         drawn["sinks"] = show(findings.sinks)
         drawn["sink-positions"] = show_sink_positions(findings.sinks)
+    if findings.repeated is not None:
+        drawn["repeated"] = show(findings.repeated)
     if findings.trace is not None:
         drawn["pattern"] = show(findings.trace, str(first_head(findings)))
         drawn["patterns-of-its-layer"] = show(findings.trace, first_head(findings).site)

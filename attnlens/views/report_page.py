@@ -14,7 +14,7 @@ from attnlens.views.markup import element
 from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, sink_line, strongest
 from attnlens.views.page import Cell, Page
 from attnlens.views.panels import interval_text, number_text
-from attnlens.views.ranking import METRICS, ablation_lines, title_of
+from attnlens.views.ranking import METRICS, ablation_lines, title_of, together_line
 from attnlens.views.tables import ANATOMY_COLUMNS, CHECK_COLUMNS, anatomy_rows, check_rows
 from attnlens.views.theme import visible
 
@@ -46,6 +46,12 @@ def report_page(findings: Findings, figures: Mapping[str, go.Figure]) -> str:
     _model(page, findings)
     _files(page, findings, figures)
     return page.html()
+
+
+def best_induction(findings: Findings) -> Head | None:
+    """The head with the highest induction score over the threshold."""
+    found = findings.types.of_type("induction", THRESHOLD) if findings.types is not None else ()
+    return found[0] if found else None
 
 
 def first_head(findings: Findings) -> Head:
@@ -80,6 +86,12 @@ def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
         "Each cell is a head: layers from top to bottom, heads from left to right.",
     )
     page.table(("type", "head", "score", "95 % interval"), _strongest(frame))
+    if "repeated" in figures:
+        page.figure(
+            figures["repeated"],
+            f"{best_induction(findings)} on random tokens said twice: in the second half it looks "
+            "at the token that followed the first copy of its own.",
+        )
     for note in types.notes:
         page.note(note)
     if findings.profile is not None:
@@ -175,6 +187,11 @@ def _ablation(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) 
         "costs."
     )
     page.points(ablation_lines(ablation, findings.anatomy.vocab, most=6))
+    if findings.together is not None:
+        page.prose(
+            together_line(findings.together),
+            " Heads that do the same stand in for each other: taking out one may show little.",
+        )
     page.figure(figures["ranking"], "The largest effects, with 95 % intervals over prompts.")
     page.figure(figures["ablation"], f"Change of {metric} when a head is ablated.")
     for note in ablation.notes:

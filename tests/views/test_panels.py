@@ -74,7 +74,14 @@ def test_statistics_show_the_hand_wired_sink():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.5, "0.50"), (-0.0312, "−0.031"), (123.4, "123"), (float("nan"), "n/a"), (3.14159, "3.14")],
+    [
+        (0.5, "0.50"),
+        (-0.0312, "−0.031"),
+        (123.4, "123"),
+        (float("nan"), "n/a"),
+        (3.14159, "3.14"),
+        (-1e-5, "0.000"),
+    ],
 )
 def test_numbers_as_a_person_writes_them(value, text):
     assert number_text(value) == text
