@@ -96,7 +96,8 @@ def demo(out: Out, prompts: Prompts = 16, ablate: Ablate = Mode.ZERO) -> None:
     from attnlens.cli.passages import PLAY
     from attnlens.zoo.trained import small_path
 
-    report(str(small_path()), out, texts=PLAY, task="repeat", prompts=prompts, mode=ablate.value)
+    name = "attnlens' small model"
+    report(str(small_path()), out, name=name, texts=PLAY, prompts=prompts, mode=ablate.value)
 
 
 @app.command()

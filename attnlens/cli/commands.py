@@ -22,6 +22,7 @@ def report(
     out: Path,
     *,
     file: Path | None = None,
+    name: str | None = None,
     texts: Sequence[str] = PLAIN,
     task: str = "repeat",
     prompts: int = 16,
@@ -40,7 +41,7 @@ def report(
         lens.check().raise_problems()
         chosen = _texts(lens, given, texts, cut)
         built = build_task(lens, task, prompts)
-        plan = Plan(_name(model), mode, heads, budget)
+        plan = Plan(name or _name(model), mode, heads, budget)
         findings = run_report(lens, chosen, built, out, plan, steps)
     typer.echo()
     for line in findings.lines():

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from attnlens.errors import InputError
 from attnlens.views.theme import colour_axis, styled
 
 WIDEST = 16
@@ -48,11 +49,17 @@ def head_grids(
     """A figure of grids: for each quantity one panel a stack, layers down and heads across.
 
     `frame` has one row a head with the columns head, site, layer, index and the quantities'; where
-    it has `_low` and `_high` of a quantity, the hover text gives them as its interval.
+    it has `_low` and `_high` of a quantity, the hover text gives them as its interval. A stack for
+    which a quantity means nothing has no panel.
     """
     stacks = list(dict.fromkeys(stack_of(site) for site in frame["site"]))
-    cells = [(quantity, stack) for quantity in quantities for stack in stacks]
-    across = min(across, len(cells))
+    cells = [(q, stack) for q in quantities for stack in stacks if _known(frame, q, stack)]
+    if not cells:
+        names = ", ".join(quantity.title for quantity in quantities)
+        raise InputError(
+            f"There is nothing to draw: no head of this model has a number for {names}."
+        )
+    across = min(across if len(stacks) == 1 else len(stacks), len(cells))
     down = -(-len(cells) // across)
     named = [html.escape(quantity.heading(stack)) for quantity, stack in cells]
     layers = max(_of_stack(frame, stack)["layer"].nunique() for stack in stacks)
@@ -155,6 +162,10 @@ def interval_text(record: Mapping[str, Any], column: str) -> str:
 
 def _of_stack(frame: pd.DataFrame, stack: str) -> pd.DataFrame:
     return frame.loc[[stack_of(site) == stack for site in frame["site"]]]
+
+
+def _known(frame: pd.DataFrame, quantity: Quantity, stack: str) -> bool:
+    return bool(_of_stack(frame, stack)[quantity.column].notna().any())
 
 
 def _grid(frame: pd.DataFrame, quantity: Quantity) -> tuple[Grid, list[list[str]]]:

@@ -136,7 +136,12 @@ def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
     )
     found: list[list[str | Cell]] = []
     for sink in sinks.calibration[:MOST_SINKS]:
-        place = (str(sink.head), str(sink.prompt), str(sink.position), visible(sink.token))
+        place = (
+            str(sink.head),
+            str(sink.prompt),
+            str(sink.position),
+            visible(sink.token) if sink.token else "",
+        )
         found.append([*place, _cell(sink.share)])
     if found:
         page.prose(

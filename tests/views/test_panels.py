@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from attnlens.errors import InputError
 from attnlens.hooks.reducers import FirstTokenMass, MeanDistance
 from attnlens.views import show
 from attnlens.views.panels import Quantity, head_grids, number_text
@@ -85,3 +86,13 @@ def test_statistics_show_the_hand_wired_sink():
 )
 def test_numbers_as_a_person_writes_them(value, text):
     assert number_text(value) == text
+
+
+def test_a_stack_for_which_a_number_means_nothing_has_no_panel():
+    frame = FRAME.assign(site=["enc.L0", "dec.L0", "dec.L2"], effect=[1.0, math.nan, math.nan])
+    quantities = [Quantity("effect", "Effect"), Quantity("effect_high", "High")]
+    figure = head_grids(frame, quantities, "t")
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == ["Effect · enc", "High · enc", "High · dec"]
+    with pytest.raises(InputError, match="nothing to draw"):
+        head_grids(frame.assign(effect=math.nan), quantities[:1], "t")
