@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def previous_token(pattern: Tensor, row: Tensor) -> Tensor:
     return pattern.diagonal(offset=-1, dim1=-2, dim2=-1).mean(dim=-1)
 
 
+def own_token(pattern: Tensor, row: Tensor) -> Tensor:
+    """Mean of `A[i, i]`."""
+    return pattern.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+
+
 def first_token(pattern: Tensor, row: Tensor) -> Tensor:
     """Mean of `A[i, 0]` over i > 0."""
     return pattern[..., 1:, 0].mean(dim=-1)
@@ -176,6 +182,7 @@ def head_scores(small: Small, text: Tensor) -> dict[str, Tensor]:
     four = repeated_tokens(small, 8, 32, repeats=4, seed=SEED).clean
     return {
         "previous token": mean_over(small, text[:8], previous_token),
+        "own token": mean_over(small, text[:8], own_token),
         "first token (text)": mean_over(small, text[:8], first_token),
         "first token (random)": mean_over(small, four, first_token),
         "duplicate token": mean_over(small, four, mass_on(0)),
@@ -184,6 +191,44 @@ def head_scores(small: Small, text: Tensor) -> dict[str, Tensor]:
         "indirect object answer": answer_mass(small, indirect_object(small, 32, seed=SEED)),
         "needle": needle_mass(small),
     }
+
+
+@contextmanager
+def zeroed(small: Small, layer: int, heads: Iterable[int]) -> Iterator[None]:
+    """Within it the output of these heads is zero."""
+    width = small.model.config.head_dim
+    columns = [c for head in heads for c in range(head * width, (head + 1) * width)]
+
+    def zero(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].index_fill(-1, torch.tensor(columns), 0.0),)
+
+    hook = small.model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(zero)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def ablation(small: Small, text: Tensor) -> dict[str, dict[str, float]]:
+    """What is left of each ability with nothing, one head, or one layer's heads set to zero."""
+    tasks = {
+        "repeat": repeated_tokens(small, 8, 24, seed=SEED),
+        "key-value": key_value(small, 40, 8, seed=SEED),
+        "indirect object": indirect_object(small, 60, seed=SEED),
+        "needle": needle(small, 12, 120, seed=SEED),
+    }
+
+    def measure() -> dict[str, float]:
+        scores = {name: task_score(small, task, "accuracy") for name, task in tasks.items()}
+        return scores | {"text loss": text_loss(small.model, text[:8])}
+
+    every = range(small.model.config.num_attention_heads)
+    rows = {"none": measure()}
+    for layer in range(small.model.config.num_hidden_layers):
+        for name, heads in [*((f"L{layer}H{h}", [h]) for h in every), (f"L{layer}", every)]:
+            with zeroed(small, layer, heads):
+                rows[name] = measure()
+    return rows
 
 
 def report(small: Small, path: Path) -> dict[str, Any]:
@@ -199,12 +244,13 @@ def report(small: Small, path: Path) -> dict[str, Any]:
     }
     heads = head_scores(small, rows)
     figures["heads"] = {name: score.tolist() for name, score in heads.items()}
+    figures["ablation"] = ablation(small, rows)
     return figures
 
 
 def show(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
-        if name != "heads":
+        if isinstance(value, float):
             print(f"{name:36s} {value:.3f}")
     names = list(figures["heads"])
     print("\n| head | " + " | ".join(names) + " |")
@@ -214,6 +260,9 @@ def show(figures: dict[str, Any]) -> None:
         for head in range(heads):
             cells = [f"{figures['heads'][name][layer][head]:.2f}" for name in names]
             print(f"| L{layer}H{head} | " + " | ".join(cells) + " |")
+    print("\n| zeroed | " + " | ".join(figures["ablation"]["none"]) + " |")
+    for name, row in figures["ablation"].items():
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |")
 
 
 def main() -> None:

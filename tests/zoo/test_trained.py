@@ -149,6 +149,27 @@ def test_some_heads_rest_on_the_first_token(small):
     assert (first > 0.3).sum() >= 2
 
 
+def test_the_heads_that_the_card_names(small):
+    """L0H3 and L1H7 look one token back; L2H5 rests on the first token; key-value needs both."""
+    ids = small.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    patterns = attention(small, ids)[:, 0]
+    previous = patterns.diagonal(-1, 2, 3).mean(dim=-1)
+    assert {divmod(i, 8) for i in previous.flatten().topk(2).indices.tolist()} == {(0, 3), (1, 7)}
+    assert patterns[2, 5, 1:, 0].mean() > 0.6
+    task = key_value(small, 50, 8, seed=SEED)
+    for layer, head in ((0, 3), (1, 7)):
+        project = small.model.model.layers[layer].self_attn.o_proj
+        columns = torch.arange(head * 32, head * 32 + 32)
+        hook = project.register_forward_pre_hook(
+            lambda module, inputs, columns=columns: (inputs[0].index_fill(-1, columns, 0.0),)
+        )
+        try:
+            assert score(small, task) < 0.7
+        finally:
+            hook.remove()
+    assert score(small, task) > 0.9
+
+
 def test_text_is_predicted_better_than_by_frequency(small, shared_data):
     text = (shared_data / "tiny_shakespeare" / "input.txt").read_text()
     held_out = text[int(len(text) * 0.93) :][:12_000]
