@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +78,14 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _commands() -> Any:
+    """The module that does the work, loaded only when there is work: it takes seconds."""
+    from attnlens.cli.progress import progress
+
+    with progress() as steps, steps("Loading torch and transformers"):
+        return import_module("attnlens.cli.commands")
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -92,10 +101,10 @@ def _options(
 @app.command()
 def demo(out: Out, prompts: Prompts = 16, ablate: Ablate = Mode.ZERO) -> None:
     """Profile the small language model that ships with attnlens: under a minute on one core."""
-    from attnlens.cli.commands import report
     from attnlens.cli.passages import PLAY
     from attnlens.zoo.trained import small_path
 
+    report = _commands().report
     name = "attnlens' small model"
     report(str(small_path()), out, name=name, texts=PLAY, prompts=prompts, mode=ablate.value)
 
@@ -122,9 +131,7 @@ def profile(
     Checks the instrument, profiles every head, finds sinks and known head types, rolls attention
     out over one prompt and ablates every head on a task.
     """
-    from attnlens.cli.commands import report
-
-    report(
+    _commands().report(
         model, out, file=file, task=task.value, prompts=prompts, mode=ablate.value, heads=heads,
         budget=budget, cut=cut,
         tokenizer=tokenizer, device=device, dtype=dtype,
@@ -141,9 +148,9 @@ def doctor(
     dtype: Dtype = None,
 ) -> None:
     """Check that attnlens sees a model exactly, and name its clearest heads. Exit code 0 or 1."""
-    from attnlens.cli.commands import diagnose
-
-    sound = diagnose(model, file=file, cut=cut, tokenizer=tokenizer, device=device, dtype=dtype)
+    sound = _commands().diagnose(
+        model, file=file, cut=cut, tokenizer=tokenizer, device=device, dtype=dtype
+    )
     raise typer.Exit(0 if sound else 1)
 
 

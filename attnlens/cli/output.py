@@ -43,8 +43,16 @@ def _publish(fresh: Path, out: Path, old: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh.replace(out)
         return
-    for name in OWNED:  # the page last: what it names is there when it appears
-        if (out / name).exists():
-            (out / name).replace(old / name)
-        if (fresh / name).exists():
-            (fresh / name).replace(out / name)
+    try:
+        for name in OWNED:  # the page last: what it names is there when it appears
+            if (out / name).exists():
+                (out / name).replace(old / name)
+            if (fresh / name).exists():
+                (fresh / name).replace(out / name)
+    except BaseException:  # an interrupt too: what stood there comes back
+        for name in OWNED:
+            if (old / name).exists():
+                if (out / name).exists():
+                    (out / name).replace(fresh / name)
+                (old / name).replace(out / name)
+        raise

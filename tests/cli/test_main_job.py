@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -188,3 +189,28 @@ def test_what_needs_no_model(arguments, capsys):
 def test_no_command_shows_the_help(capsys):
     assert main([]) in (0, 2)
     assert "doctor" in "".join(capsys.readouterr())
+
+
+def test_an_interrupt_while_files_move_brings_back_what_stood_there(tmp_path, monkeypatch):
+    def report(text: str) -> None:
+        with staged(tmp_path / "r") as folder:
+            (folder / "figures").mkdir()
+            for name in ("heads.csv", "figures/profile.html", "index.html"):
+                (folder / name).write_text(text)
+
+    report("first")
+    replace, calls = Path.replace, []
+
+    def interrupted(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 4:  # heads.csv and the old figures have moved
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report("second")
+    kept = [path for path in (tmp_path / "r").rglob("*") if path.is_file()]
+    assert len(kept) == 3
+    assert {path.read_text() for path in kept} == {"first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
