@@ -188,7 +188,7 @@ def _idle(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> b
 
 
 def _with_weights(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
-    """Modules whose weights `lens.weights` gives, of a lens on its own example or on these inputs."""
+    """Modules whose weights `lens.weights` gives, with its own example or with these inputs."""
     found: set[str] = set()
     for example in (None, inputs):
         try:

@@ -43,7 +43,7 @@ class Site:
     block: str | None
     """Qualified name of the transformer block that holds the site."""
     output: str | None
-    """Qualified name of the output projection; None where something stands between (a gate, a norm)."""
+    """Qualified name of the output projection; None where a gate or a norm stands between."""
 
     @property
     def name(self) -> str:
@@ -119,11 +119,12 @@ class Anatomy:
         """The heads that a specification names, in order, each once.
 
         `"all"`, `"L3H5"`, `"L3"` (a layer), `"L3:"` and `"L3:5"` (layers, end excluded), several
-        separated by commas, `"cross.L3H5"` in other stacks, `(layer, head)` pairs, or a list of these.
+        separated by commas, `"cross.L3H5"` in other stacks, `(layer, head)` pairs, or a list of
+        these.
         """
         return tuple(dict.fromkeys(self._find(spec)))
 
-    def layers(self, spec: HeadSpec | None) -> tuple[Site, ...]:
+    def layers(self, spec: HeadSpec | int | None) -> tuple[Site, ...]:
         """The sites that a specification names (all for None): `"L3"`, `"L3:"`, `3`, `[0, 3]`."""
         if spec is None:
             return self.sites

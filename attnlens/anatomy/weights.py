@@ -58,8 +58,8 @@ def output_weight(model: nn.Module, site: Site) -> Float[Tensor, "head d_v d_mod
     """W_O of each head of a site, a view on the module's weight."""
     if site.output is None:
         raise UnsupportedModelError(
-            f"{site.name} has no output projection that is fed the heads directly (a gate or a norm "
-            "stands between), so a head's result and its W_O are not defined. Use z instead."
+            f"{site.name} has no output projection that is fed the heads directly (a gate or a "
+            "norm stands between), so a head's result and its W_O are not defined. Use z instead."
         )
     weight = input_major(model.get_submodule(site.output))
     return weight.view(site.heads, site.d_v, -1) if weight.is_contiguous() else _split(weight, site)

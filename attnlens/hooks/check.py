@@ -50,7 +50,7 @@ class Check:
     dtype: str
     sites: tuple[SiteCheck, ...]
     tolerance: float
-    """Bound on `row_error`: a few units in the last place of a weight near 1 in the model's dtype."""
+    """Bound on `row_error`: a few units in the last place of a weight near 1."""
 
     @property
     def row_error(self) -> float:

@@ -82,7 +82,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Uniform:
-    """A = 1 / number of visible keys: the heads spread their attention evenly, without the future."""
+    """A = 1 / number of visible keys: even attention, without the future."""
 
     heads: HeadSpec
 

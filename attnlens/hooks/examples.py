@@ -54,14 +54,14 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
             inputs["decoder_input_ids"] = ids(DECODER_LENGTH)
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"attnlens cannot make an example input for {type(model).__name__} ({error}). Give one, "
-            "as the model's processor makes it: al.load(model, example={...})."
+            f"attnlens cannot make an example input for {type(model).__name__} ({error}). Give "
+            "one, as the model's processor makes it: al.load(model, example={...})."
         ) from error
     return inputs
 
 
 def _contrastive_images(model: nn.Module, noise: Any) -> dict[str, Tensor]:
-    """Images beside the text for models that need both (CLIP, SigLIP); none for those that mix them."""
+    """Images beside the text for models that need both (CLIP, SigLIP), and for no others."""
     config: Any = model.config
     if not hasattr(config, "projection_dim") and not hasattr(model, "logit_scale"):
         return {}

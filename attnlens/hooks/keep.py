@@ -213,7 +213,7 @@ class Keep:
         return hook
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Keep what the last block returns; where layers share it, its last call has the last word."""
+        """Keep what the last block returns; of a block that layers share, the last call."""
         stream = output if isinstance(output, Tensor) else output[0]
         self._store("residual", FINAL, self._rows(stream, axis=1))
 

@@ -16,7 +16,7 @@ from attnlens.hooks.tokens import Layout, Sides
 
 
 class Measure:
-    """Observer that feeds each block of rows to every reducer; results are `batch head ...` a site."""
+    """Observer that feeds each block of rows to every reducer: `batch head ...` a site."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ def _label(shape: str, kind: str, encoder_decoder: bool) -> str:
 
 
 def _layers(sites: Sequence[Site]) -> list[int]:
-    """The number in the module names where it tells the sites apart, else the order of the calls."""
+    """The number in the module names where it tells the sites apart, else the order of calls."""
     numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", site.module) for site in sites]
     varying = [
         column

@@ -1,17 +1,17 @@
 """Find a model's attention sites by running it once on a small input, not by a table of names.
 
 The probe listens at every module, so whatever reaches transformers' attention interface is a site.
-The output projection is the linear module that is fed exactly what a site returned; the block is the
-nearest member of a list of equal modules around the site; causality, windows and learned sinks are
-read off the call. The probe also checks that the seam alone changes nothing: the model's output with
-and without it must agree bit for bit.
+The output projection is the linear module that is fed exactly what a site returned; the block is
+the nearest member of a list of equal modules around the site; causality, windows and learned sinks
+are read off the call. The probe also checks that the seam alone changes nothing: the model's output
+with and without it must agree bit for bit.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +38,7 @@ OTHER_STREAMS = ("key_value_states", "encoder_hidden_states", "cross_attention_s
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Run in eval mode; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -130,10 +130,11 @@ class _Probe:
     def _hook(self, name: str, module: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            handle = module.register_forward_pre_hook(
-                lambda module, args, name=name: self._projected(name, module, args)
-            )
-            self._undo.append(handle.remove)
+
+            def projected(module: nn.Module, args: tuple[Any, ...]) -> None:
+                self._projected(name, module, args)
+
+            self._undo.append(module.register_forward_pre_hook(projected).remove)
         if _is_attention(module) and not any(map(_is_attention, list(module.modules())[1:])):
             handle = module.register_forward_hook(lambda *_, name=name: self._ran.append(name))
             self._undo.append(handle.remove)
@@ -141,10 +142,11 @@ class _Probe:
             handle = module.register_forward_pre_hook(self._note_streams, with_kwargs=True)
             self._undo.append(handle.remove)
         if "norm" in type(module).__name__.lower():
-            handle = module.register_forward_hook(
-                lambda _m, _a, output, name=name: self._norms.append((name, output))
-            )
-            self._undo.append(handle.remove)
+
+            def normed(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                self._norms.append((name, output))
+
+            self._undo.append(module.register_forward_hook(normed).remove)
 
     def __exit__(self, *_: object) -> None:
         while self._undo:
@@ -237,7 +239,7 @@ def _anatomy(model: nn.Module, probe: _Probe, inputs: Mapping[str, Any]) -> Anat
 
 
 def _context(model: nn.Module, text: Any) -> int | None:
-    """How many positions the model takes: its table of learned positions, or what its config says."""
+    """How many positions the model takes: its learned positions, or what its config says."""
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -298,8 +300,8 @@ def _block(model: nn.Module, module: str) -> str | None:
 def softmax_rule(call: Call) -> tuple[bool, bool]:
     """How a module's eager attention takes its softmax: (in float32, with learned sinks).
 
-    Its eager function is run in float64 on the call's own q and k and compared with the rows of each
-    rule; a float32 softmax leaves errors near 6e-8 there, a float64 one near 1e-16.
+    Its eager function is run in float64 on the call's own q and k and compared with the rows of
+    each rule; a float32 softmax leaves errors near 6e-8 there, a float64 one near 1e-16.
     """
     usual = (call.query.dtype != torch.float64, True)
     eager = eager_function(call.module)

@@ -22,7 +22,7 @@ from attnlens.hooks.tokens import Layout
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of one site: `pattern` and `scores` are `batch head row key`, keys cut to those seen."""
+    """Some rows of one site: `pattern` and `scores`, their keys cut to those that a row sees."""
 
     layout: Layout
     rows: slice
@@ -193,7 +193,7 @@ class Entropy(RowMean):
 
 @dataclass(frozen=True)
 class MeanDistance(RowMean):
-    """Mean distance to the keys, in tokens: `sum_s A[t, s] |t - s|`; rows of sinks count their mass."""
+    """Mean distance to the keys, in tokens: `sum_s A[t, s] |t - s|`."""
 
     name: str = "distance"
 
@@ -251,7 +251,7 @@ class OffsetMass:
 
 @dataclass(frozen=True)
 class TokenMass(RowMean):
-    """Mean weight on keys with certain ids (special tokens, punctuation): `mean_t sum_{s in S} A[t, s]`."""
+    """Mean weight on keys with certain ids S (special tokens): `mean_t sum_{s in S} A[t, s]`."""
 
     ids: frozenset[int]
     name: str = "tokens"
@@ -280,7 +280,7 @@ class InductionMass(RowMean):
 
 @dataclass(frozen=True)
 class DuplicateMass(RowMean):
-    """Mean weight on earlier copies of the current token: `mean_t sum_{s < t, x[s] = x[t]} A[t, s]`."""
+    """Mean weight on earlier copies of a row's token: `mean_t sum_{s < t, x[s] = x[t]} A[t, s]`."""
 
     name: str = "duplicate"
 
@@ -308,7 +308,7 @@ class ColumnMass:
 
     def update(self, state: tuple[Layout, Tensor, Tensor], block: Block) -> None:
         """Add the columns of the real rows."""
-        layout, sums, counts = state
+        _, sums, counts = state
         batch, _, rows, _ = block.pattern.shape
         weights = block.pattern.new_ones(batch, 1, rows) if block.weights is None else block.weights
         sums[..., block.keys] += (weights[..., None, :] @ block.pattern)[..., 0, :]
@@ -368,7 +368,7 @@ def _known(ids: Tensor | None, name: str) -> Tensor:
 def _mass_after(
     block: Block, layout: Layout, name: str, shift: int
 ) -> tuple[Float[Tensor, "batch head row"], Bool[Tensor, "batch row"]]:
-    """Weight on keys `shift` after earlier copies of each row's token, and the rows that have one."""
+    """Weight on keys `shift` after earlier copies of a row's token, and which rows have one."""
     queries = _known(layout.query_tokens.ids, name)[:, block.rows]
     keys = _known(layout.key_tokens.ids, name)
     # Every key up to the row, those outside its window too: which rows count is a fact of the text.

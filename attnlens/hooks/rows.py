@@ -62,8 +62,8 @@ class Rows:
         arguments = call.arguments
         if arguments.get("indices") is not None:
             raise UnsupportedModelError(
-                f"{type(call.module).__name__} picks its keys with an indexer outside the attention "
-                "mask, so its rows cannot be recomputed from q and k."
+                f"{type(call.module).__name__} picks its keys with an indexer outside the "
+                "attention mask, so its rows cannot be recomputed from q and k."
             )
         keys = call.key.shape[2]
         # Some encoders give one row of mask for all queries.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,9 +40,10 @@ PatternEdit = Callable[[Tensor, Tensor | None, slice, Tensor], Tensor]
 class Call:
     """One attention call as the kernel got it, and what it returned.
 
-    query is `batch head query d_qk`, key `batch group key d_qk`, value `batch group key d_v`, output
-    `batch query head d_v`; the mask is in the kernel's own form. A listener that changes the pattern
-    adds a function to `pattern_edits`, so that those who listen after it see the rows it made.
+    query is `batch head query d_qk`, key `batch group key d_qk`, value `batch group key d_v`,
+    output `batch query head d_v`; the mask is in the kernel's own form. A listener that changes the
+    pattern adds a function to `pattern_edits`, so that those who listen after it see the rows it
+    made.
     """
 
     module: nn.Module
@@ -118,12 +119,24 @@ def _register(kernel: str) -> str:
     # rows can be read off masks of eager's and sdpa's form only.
     if ALL_MASK_ATTENTION_FUNCTIONS.get(kernel) not in (eager_mask, sdpa_mask):
         raise UnsupportedModelError(
-            f"attnlens cannot read the masks of the attention kernel {kernel!r}. Load the model with "
-            "attn_implementation='sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
+            f"attnlens cannot read the masks of the attention kernel {kernel!r}. Load the model "
+            "with attn_implementation='sdpa' or 'eager'."
         )
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
     AttentionInterface.register(name, attend)
     return name
+
+
+# The public property of a config refuses names that transformers does not ship.
+_SWITCH = "_attn_implementation_internal"
+
+
+def _get(config: PretrainedConfig) -> str | None:
+    return getattr(config, _SWITCH)
+
+
+def _set(config: PretrainedConfig, name: str | None) -> None:
+    setattr(config, _SWITCH, name)
 
 
 class _Switched:
@@ -144,10 +157,8 @@ class _Switched:
     def acquire(self, configs: Iterable[PretrainedConfig]) -> None:
         with self._lock:
             for config in configs:
-                _, original, count = self._held.get(
-                    id(config), (config, config._attn_implementation_internal, 0)
-                )
-                config._attn_implementation_internal = _register(kernel_of(original))
+                _, original, count = self._held.get(id(config), (config, _get(config), 0))
+                _set(config, _register(kernel_of(original)))
                 self._held[id(config)] = (config, original, count + 1)
 
     def release(self, configs: Iterable[PretrainedConfig]) -> None:
@@ -158,14 +169,14 @@ class _Switched:
                     self._held[id(config)] = (config, original, count - 1)
                 else:
                     del self._held[id(config)]
-                    config._attn_implementation_internal = original
+                    _set(config, original)
 
 
 _switched = _Switched()
 
 
 @contextmanager
-def kernel(model: nn.Module, name: str) -> Iterator[None]:
+def kernel(model: nn.Module, name: str) -> Generator[None]:
     """Run a model on another attention kernel for a while; no session may be open on it."""
     configs = attention_configs(model)
     if _switched.holds(configs):
@@ -174,14 +185,14 @@ def kernel(model: nn.Module, name: str) -> Iterator[None]:
             "so its attention kernel cannot be changed. Close the session (leave `with "
             "lens.edit(...)`) first."
         )
-    before = [config._attn_implementation_internal for config in configs]
+    before = [_get(config) for config in configs]
     try:
         for config in configs:
-            config._attn_implementation_internal = name
+            _set(config, name)
         yield
     finally:
         for config, original in zip(configs, before, strict=True):
-            config._attn_implementation_internal = original
+            _set(config, original)
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:

@@ -110,7 +110,7 @@ class Layout:
         return _align(values, self.key_tokens.real, fill)
 
     def align_queries(self, values: Tensor, fill: float) -> Tensor:
-        """`batch head query` shifted so that the first real query is column 0; the rest is `fill`."""
+        """`batch head query` shifted so that the first real row is column 0; the rest is `fill`."""
         return _align(values, self.query_tokens.real, fill)
 
 

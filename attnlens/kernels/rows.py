@@ -1,7 +1,7 @@
 """Blocks of attention rows from q and k: the arithmetic, with nothing of a model in it.
 
 The order of operations is the one that every eager attention in transformers follows: products,
-scale, soft cap, position bias, mask, softmax (with learned sinks as one more column that is dropped).
+scale, soft cap, position bias, mask, softmax (with learned sinks as one more column, dropped).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def hidden_value(dtype: torch.dtype) -> float:
-    """A finite score whose softmax weight is exactly 0: `0 * score` stays 0, where -inf gives NaN."""
+    """A finite score whose softmax weight is exactly 0; `0 * score` is 0, where -inf gives NaN."""
     return torch.finfo(dtype).min / 4
 
 
@@ -45,7 +45,7 @@ def hide(
 def hide_future(
     scores: Float[Tensor, "batch head row key"], offset: int
 ) -> Float[Tensor, "batch head row key"]:
-    """Hide key s from row t where s > t + offset, in place; only the columns that need it are touched."""
+    """Hide key s from row t where s > t + offset, in place, touching only the columns in need."""
     rows, keys = scores.shape[-2:]
     first = max(offset + 1, 0)
     if first < keys:

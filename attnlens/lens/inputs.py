@@ -149,9 +149,9 @@ class Encoder:
         if not len(inputs):
             raise InputError("The input is empty: give a text, texts, or token ids.")
         if all(isinstance(part, str) for part in inputs):
-            return self._tokenise(list(inputs))  # type: ignore[arg-type]
+            return self._tokenise([str(part) for part in inputs])
         rows = [inputs] if all(isinstance(part, int) for part in inputs) else list(inputs)
-        return {"input_ids": _stack_ids(rows)}  # type: ignore[arg-type]
+        return {"input_ids": _stack_ids(rows)}
 
     @staticmethod
     def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,9 +193,10 @@ class Encoder:
     def _count_from_first_token(self, prepared: dict[str, Any]) -> None:
         """With padding on the left, positions count from the first real token, as in generation."""
         mask = prepared.get("attention_mask")
-        if self.takes_positions and isinstance(mask, Tensor) and mask.ndim == 2:
-            if not bool(mask[:, 0].all()) and "position_ids" not in prepared:
-                prepared["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        if not self.takes_positions or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return
+        if not bool(mask[:, 0].all()) and "position_ids" not in prepared:
+            prepared["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
 
     def _check(self, prepared: Mapping[str, Any]) -> None:
         for name in ("input_ids", "decoder_input_ids"):

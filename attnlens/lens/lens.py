@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,7 +101,8 @@ class Lens:
 
         `layers` and `heads` are specifications (`"L3:"`, `"L3H5,L4H0"`); `rows` chooses query
         positions of each prompt (`-1` is the last real token). The request is priced first; over
-        `budget` bytes it is refused with BudgetError. `dtype` and `device` are those of what is kept.
+        `budget` bytes it is refused with BudgetError. `dtype` and `device` are those of what is
+        kept.
         """
         batch = self.encode(inputs)
         anatomy = self._anatomy_for(batch)
@@ -176,7 +177,7 @@ class Lens:
             return self._forward(batch, last_logits=True)
 
     @contextmanager
-    def edit(self, *edits: Edit) -> Iterator[None]:
+    def edit(self, *edits: Edit) -> Generator[None]:
         """Change heads while the block runs, in `run`, `measure`, `logits` or the model itself.
 
         `with lens.edit(al.Zero("L3H5"), al.Scale("L4", 2.0)): ...`. Afterwards the model is as it
@@ -206,7 +207,7 @@ class Lens:
         self, inputs: Inputs, reads: Int[Tensor, "prompt read"], batch_size: int = 16
     ) -> Float[Tensor, "prompt read vocab"]:
         """Next-token logits at the given positions of each prompt."""
-        parts, order = split(self.encode(inputs), batch_size, by_length=False)
+        parts, _ = split(self.encode(inputs), batch_size, by_length=False)
         found: list[Tensor] = []
         start = 0
         for part in parts:
@@ -239,7 +240,7 @@ class Lens:
         return check_model(self.model, self._anatomy_for(batch), batch.inputs)
 
     def _anatomy_for(self, batch: Batch) -> Anatomy:
-        """The anatomy for inputs of this modality; a new one (images beside text) is probed once."""
+        """The anatomy for inputs of this modality; a new one (images, say) is probed once."""
         key = _modality(batch.inputs)
         if key not in self._anatomies:
             self._anatomies[key] = examine(self.model, batch.inputs)

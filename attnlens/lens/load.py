@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def load(
     else:
         source = _source(model)
         opened = _open(source, precision)
-        opened.to(place or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        nn.Module.to(opened, place or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
     if isinstance(tokenizer, (str, Path)):
         found = _tokenizer(str(tokenizer))
@@ -71,8 +71,8 @@ def refuse_nan(model: nn.Module) -> None:
             torch.isfinite(parameter).all()
         ):
             raise WeightsError(
-                f"The weight {name} holds NaN or infinity. The checkpoint is damaged, or was made by "
-                "a run that diverged; load another one."
+                f"The weight {name} holds NaN or infinity. The checkpoint is damaged, or was made "
+                "by a run that diverged; load another one."
             )
 
 
@@ -132,9 +132,9 @@ def _refuse_pickle(folder: Path) -> None:
     )
     if pickles:
         raise WeightsError(
-            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}). A pickle can run "
-            "any code when it is opened, so attnlens reads safetensors only: convert it where you "
-            "trust it, with model.save_pretrained(folder)."
+            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}). A pickle can "
+            "run any code when it is opened, so attnlens reads safetensors only: convert it where "
+            "you trust it, with model.save_pretrained(folder)."
         )
     raise WeightsError(f"{folder} holds no weights: there is no model.safetensors in it.")
 
@@ -182,9 +182,9 @@ def _refuse_gaps(source: str, report: Mapping[str, Any]) -> None:
     if missing or wrong:
         names = ", ".join((missing + wrong)[:3])
         raise WeightsError(
-            f"The weights file of {source} lacks {len(missing) + len(wrong)} of the model's weights "
-            f"({names}, ...); transformers would fill them with random numbers. Use the whole file, "
-            "or load the model class that fits it and give it to al.load(model)."
+            f"The weights file of {source} lacks {len(missing) + len(wrong)} of the model's "
+            f"weights ({names}, ...); transformers would fill them with random numbers. Use the "
+            "whole file, or load the model class that fits it and give it to al.load(model)."
         )
 
 
@@ -212,7 +212,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """No progress bars or warnings of transformers while loading; what matters is raised."""
     from transformers.utils import logging as hf_logging
 

@@ -43,8 +43,8 @@ class SiteTensors(Mapping[str, Tensor]):
         shapes = {tuple(tensor.shape) for tensor in chosen}
         if len(shapes) != 1:
             raise InputError(
-                f"The layers of stack {stack!r} have shapes {sorted(shapes)}; only equal shapes stack. "
-                f"There is {', '.join(self._tensors)}."
+                f"The layers of stack {stack!r} have shapes {sorted(shapes)}; only equal shapes "
+                f"stack. There is {', '.join(self._tensors)}."
             )
         return torch.stack(chosen, dim=1)
 
@@ -59,8 +59,8 @@ class Trace:
 
     `z` is `batch head query d_v`, `result` `batch head query d_model`, `q` `batch head query d_qk`,
     `k` and `v` `batch group key d`, `residual` (the stream entering a layer's block, and `"final"`)
-    `batch query d_model`. Positions are those of the model's input: texts are padded on the right, and
-    `sides` says which positions are real.
+    `batch query d_model`. Positions are those of the model's input: texts are padded on the right,
+    and `sides` says which positions are real.
     """
 
     anatomy: Anatomy
@@ -105,7 +105,7 @@ class Trace:
 
     @property
     def result(self) -> SiteTensors:
-        """Head outputs after the output projection, without its bias, `batch head query d_model`."""
+        """Head outputs after the output projection, no bias, `batch head query d_model`."""
         return self["result"]
 
     @property
@@ -153,7 +153,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Streamed statistics: `statistics["entropy"]["L3"]` is `prompt head`, others have more axes."""
+    """Streamed statistics: `statistics["entropy"]["L3"]` is `prompt head`, others are larger."""
 
     anatomy: Anatomy
     tokens: tuple[tuple[str, ...], ...]
@@ -169,7 +169,7 @@ class Statistics:
         return self.values[reducer]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head: means over the prompts of the statistics that are a few numbers a head."""
+        """One row a head: means over prompts of the statistics that are a few numbers a head."""
         rows: list[dict[str, Any]] = []
         for site in self.anatomy.sites:
             measured = {name: t[site.name] for name, t in self.values.items() if site.name in t}

@@ -113,9 +113,10 @@ def test_what_a_specification_cannot_name(spec: Any, words: str) -> None:
 @given(st.text(max_size=8))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
-        assert set(ANATOMY.find(text)) <= set(ANATOMY.heads)
-    except HeadError as error:
-        assert "Model has" in str(error)
+        heads = ANATOMY.find(text)
+    except HeadError:
+        return
+    assert set(heads) <= set(ANATOMY.heads)
 
 
 @pytest.mark.parametrize(

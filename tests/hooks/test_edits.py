@@ -85,9 +85,9 @@ def test_mean_puts_the_mean_of_the_reference() -> None:
 
 def test_mean_without_the_site_is_refused() -> None:
     subject = lens("gpt2")
-    with pytest.raises(InputError, match=r"no mean z for L1.*lens.mean_z"):
-        with subject.edit(al.Mean("L1H0", {"L0": torch.zeros(4, 8)})):
-            logits(subject)
+    edit = al.Mean("L1H0", {"L0": torch.zeros(4, 8)})
+    with pytest.raises(InputError, match=r"no mean z for L1.*lens.mean_z"), subject.edit(edit):
+        logits(subject)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert", "gpt_oss", "t5", "swin"])

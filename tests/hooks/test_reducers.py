@@ -285,7 +285,7 @@ def test_token_statistics_of_images_are_refused() -> None:
 
 
 def test_measure_orders_and_fills_prompts() -> None:
-    """Prompts run by length, batch by batch, and come back in the order in which they were given."""
+    """Prompts run by length, batch by batch, and come back in the order that was given."""
     subject = lens("gpt2")
     subject.model.double()
     mask = torch.ones(5, 12, dtype=torch.long)

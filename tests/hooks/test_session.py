@@ -109,9 +109,9 @@ class TestRestores:
     @pytest.mark.parametrize("point", ["attach", "see"])
     def test_after_an_observer_failed(self, gpt2: Opened, point: str) -> None:
         watches = [Watch(frozenset({"L0"})), Watch(frozenset({"L1"}), fail=point)]
-        with pytest.raises(RuntimeError, match=point):
-            with Session(gpt2.model, gpt2.anatomy, watches):
-                gpt2.logits()
+        session = Session(gpt2.model, gpt2.anatomy, watches)
+        with pytest.raises(RuntimeError, match=point), session:
+            gpt2.logits()
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_after_the_forward_failed(self, gpt2: Opened, error: type[BaseException]) -> None:
@@ -233,15 +233,19 @@ def test_two_threads_with_two_models() -> None:
 def test_another_threads_calls_are_not_seen(gpt2: Opened) -> None:
     plain = gpt2.logits()
     found: list[Tensor] = []
-    with pytest.raises(SeamError, match="L0"), gpt2.edit(al.Zero("L0")):
+
+    def elsewhere() -> None:
         thread = threading.Thread(target=lambda: found.append(gpt2.logits()))
         thread.start()
         thread.join()
+
+    with pytest.raises(SeamError, match="L0"), gpt2.edit(al.Zero("L0")):
+        elsewhere()
     assert torch.equal(found[0], plain)
 
 
 def test_another_threads_forward_does_not_disturb_the_count() -> None:
-    """Albert attends three times with one module; a forward in between must not restart the count."""
+    """Albert attends three times with one module; a forward in between must not disturb it."""
     albert = opened("albert")
     plain = albert.logits()
 
@@ -271,9 +275,8 @@ def test_calls_after_a_failed_forward_are_counted_anew() -> None:
 
     watch = Watch(frozenset({"L0", "L1", "L2"}))
     with Session(albert.model, albert.anatomy, [watch]):
-        with _hook(inner, fail):
-            with pytest.raises(RuntimeError, match="third layer"):
-                albert.logits()
+        with _hook(inner, fail), pytest.raises(RuntimeError, match="third layer"):
+            albert.logits()
         watch.seen.clear()
         inner(**albert.inputs)
         albert.logits()
@@ -309,9 +312,9 @@ def test_generate_under_an_edit_is_the_uncached_computation(name: str, edit: Edi
 
 def test_a_site_that_never_fired_is_an_error() -> None:
     bart = opened("bart")
-    with pytest.raises(SeamError, match=r"cross\.L0, dec\.L1"):
-        with bart.edit(al.Zero("cross.L0"), al.Zero("dec.L1"), al.Zero("enc.L0")):
-            bart.model.get_encoder()(bart.inputs["input_ids"])
+    session = bart.edit(al.Zero("cross.L0"), al.Zero("dec.L1"), al.Zero("enc.L0"))
+    with pytest.raises(SeamError, match=r"cross\.L0, dec\.L1"), session:
+        bart.model.get_encoder()(bart.inputs["input_ids"])
 
 
 def test_a_session_without_a_run_is_an_error(gpt2: Opened) -> None:
@@ -326,9 +329,9 @@ def test_more_calls_than_examined_is_an_error() -> None:
     vision = [site for site in qwen.anatomy.sites if site.stack == "vision"]
     assert len(vision) > len([site for site in fewer if site.stack == "vision"])
     anatomy = Anatomy(**{**vars(qwen.anatomy), "sites": tuple(fewer)})
-    with pytest.raises(SeamError, match="more often"):
-        with Session(qwen.model, anatomy, [Watch(frozenset({vision[0].name}))]):
-            qwen.model(**qwen.inputs)
+    session = Session(qwen.model, anatomy, [Watch(frozenset({vision[0].name}))])
+    with pytest.raises(SeamError, match="more often"), session:
+        qwen.model(**qwen.inputs)
 
 
 def test_a_session_opens_once(gpt2: Opened) -> None:
@@ -347,9 +350,13 @@ def test_the_kernel_is_not_changed_under_a_session(gpt2: Opened) -> None:
 
 
 def test_the_kernel_is_the_models_own_again(gpt2: Opened) -> None:
-    with pytest.raises(ValueError), seam.kernel(gpt2.model, "eager"):
+
+    def fail() -> None:
         assert gpt2.model.config._attn_implementation == "eager"
         raise ValueError
+
+    with pytest.raises(ValueError), seam.kernel(gpt2.model, "eager"):
+        fail()
     assert gpt2.model.config._attn_implementation == "sdpa"
 
 
