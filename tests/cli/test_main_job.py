@@ -214,3 +214,13 @@ def test_an_interrupt_while_files_move_brings_back_what_stood_there(tmp_path, mo
     assert len(kept) == 3
     assert {path.read_text() for path in kept} == {"first"}
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_the_demo_names_the_shipped_models_heads(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--prompts", "4"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ induction heads?: L\dH\d \(0\.\d+\)", said)
+    assert re.search(r"previous-token heads?: L\dH\d \(0\.\d+\)", said)
+    assert "guessing" not in said
+    assert (out / "index.html").is_file()
