@@ -77,12 +77,13 @@ def examine(model: nn.Module, inputs: Mapping[str, Any]) -> Anatomy:
 
 
 def refuse_bridge(model: nn.Module) -> None:
-    """TransformerLens models replace the attention modules; refuse them by name."""
-    if type(model).__module__.startswith("transformer_lens"):
+    """TransformerLens replaces attention modules, of the user's model too; refuse it by name."""
+    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is a TransformerLens model: its bridge replaces the attention "
-            "modules, so attnlens cannot see through it. Load the transformers model itself "
-            "(AutoModelForCausalLM.from_pretrained, before a bridge is put around it)."
+            f"{type(model).__name__} is a TransformerLens model, or has its bridge around it: the "
+            "bridge replaces the attention modules, so attnlens cannot see through it. Load the "
+            "transformers model anew (AutoModelForCausalLM.from_pretrained, before a bridge is put "
+            "around it)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from attnlens.errors import SeamError, UnsupportedModelError
 from attnlens.hooks import rows
 from attnlens.hooks.probe import examine
 from attnlens.lens import Lens
+from attnlens.zoo import induction_model
 from tests.architectures import ARCHITECTURES, PARTIAL, UNSUPPORTED
 from tests.oracles.attention import record
 
@@ -170,13 +172,15 @@ def test_a_transformer_lens_bridge_is_refused() -> None:
 
 
 @pytest.mark.long
-def test_the_real_transformer_lens_bridge_is_refused() -> None:
+def test_the_real_transformer_lens_bridge_is_refused(tmp_path: Path) -> None:
+    """Around a model, and the model that it changed in place."""
     lens = pytest.importorskip("transformer_lens.model_bridge")
-    model = lens.TransformerBridge.boot_transformers(
-        "gpt2", hf_model=ARCHITECTURES["gpt2"].build(), device="cpu"
-    )
-    with pytest.raises(UnsupportedModelError, match="TransformerLens"):
-        al.load(model)
+    model = ARCHITECTURES["gpt2"].build()
+    model.save_pretrained(tmp_path)
+    bridge = lens.TransformerBridge.boot_transformers(str(tmp_path), hf_model=model, device="cpu")
+    for changed in (bridge, model):
+        with pytest.raises(UnsupportedModelError, match="TransformerLens"):
+            al.load(changed)
 
 
 def test_a_sparse_indexer_is_refused() -> None:
@@ -360,6 +364,15 @@ def test_weights_of_the_layout_by_hand() -> None:
 
 
 def test_latent_attention_has_no_weights_per_head() -> None:
-    lens = Lens(ARCHITECTURES["deepseek_v3"].build())
-    with pytest.raises(UnsupportedModelError, match="L0 comes from no single linear module"):
-        lens.weights("L0")
+    weights = Lens(ARCHITECTURES["deepseek_v3"].build()).weights("L0")
+    with pytest.raises(UnsupportedModelError, match="The key of L0 comes from no single linear"):
+        _ = weights.key
+
+
+def test_weights_of_silent_heads_are_told_apart() -> None:
+    model: Any = induction_model()
+    layer, weights = model.transformer.h[0].attn.c_attn.weight, Lens(model).weights("L0")
+    for head in range(4):
+        own = slice(32 * head, 32 * head + 32)
+        assert torch.equal(weights.query[head], layer[:, :128][:, own])
+        assert torch.equal(weights.value[head], layer[:, 256:][:, own])
