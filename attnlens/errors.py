@@ -16,7 +16,7 @@ class HeadError(InputError):
 
 
 class TaskError(InputError):
-    """A task cannot be built or graded: clean and corrupt differ in length, no single-token names."""
+    """A task cannot be built or graded: unequal clean and corrupt prompts, no one-token names."""
 
 
 class BudgetError(AttnlensError, MemoryError):

@@ -1,10 +1,10 @@
 """What it costs to have the instrument attached, and to measure every attention row.
 
 GPT-2 small's shape with random weights. Four ways through the same inputs: the plain model (sdpa,
-logits of the last position), eager with output_attentions, attnlens attached with nothing asked, and
-attnlens measuring eight statistics of every row. The ways alternate in one process and the ratio of
-each round is taken, so that a slow spell of the machine hits all of them; medians are printed. Extra
-memory is the peak over the plain forward's, each way in a process of its own.
+logits of the last position), eager with output_attentions, attnlens attached with nothing asked,
+and attnlens measuring eight statistics of every row. The ways alternate in one process and the
+ratio of each round is taken, so that a slow spell of the machine hits all of them; medians are
+printed. Extra memory is the peak over the plain forward's, each way in a process of its own.
 
 The floor of measuring is one more q k^T over the visible half and a handful of passes over it.
 
@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 THREADS = 2
@@ -157,8 +158,7 @@ def peak_memory(way: str, shape: tuple[int, int], layers: int) -> float:
     page = os.sysconf("SC_PAGE_SIZE")
 
     def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * page
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
 
     before = resident()
     peak = before

@@ -196,11 +196,12 @@ def _with_weights(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
         except UnsupportedModelError:
             continue
         for site in lens.anatomy.sites:
+            weights = lens.weights(site.name)
             try:
-                weights = lens.weights(site.name)
+                assert len(weights.query) == len(weights.output) == site.heads
+                assert len(weights.key) == len(weights.value) == site.groups
             except UnsupportedModelError:
                 continue
-            assert len(weights.query) == site.heads
             found.add(site.module)
     return found
 

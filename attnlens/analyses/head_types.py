@@ -152,6 +152,7 @@ def copying_scores(
     # The product over the vocabulary once for all heads: the token that goes in, seen coming out.
     through = unembed[:, :tokens].double() @ weight[:tokens].double()
     notes = ["Copying scores are of W_E W_V W_O W_U as stored, without gains of norms or biases."]
+    silent: list[str] = []
     for site in lens.anatomy.sites:
         own = [i for i, head in enumerate(heads) if head.site == site.name]
         if site.kind != "self" or not own:
@@ -162,6 +163,10 @@ def copying_scores(
             notes.append(f"No copying scores for {site.name}: {error}")
             continue
         scores[own] = found.cpu()
+        silent.extend(str(heads[i]) for i in own if scores[i].isnan())
+    if silent:
+        names = ", ".join(silent[:4]) + (", ..." if len(silent) > 4 else "")
+        notes.append(f"No copying score where W_E W_V W_O W_U has no eigenvalue but 0: {names}.")
     return scores, tuple(notes)
 
 

@@ -7,6 +7,7 @@ the features by matching what the module returned with what attention received.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
@@ -29,12 +30,45 @@ class Projection:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Weights of all heads of one site; a query head h reads group h // (heads / groups)."""
+    """Weights of all heads of one site; a query head h reads group h // (heads / groups).
 
-    query: Float[Tensor, "head d_model d_qk"]
-    key: Float[Tensor, "group d_model d_qk"]
-    value: Float[Tensor, "group d_model d_v"]
-    output: Float[Tensor, "head d_v d_model"]
+    A part that the model does not have as one matrix a head raises UnsupportedModelError when it is
+    asked for.
+    """
+
+    model: nn.Module
+    site: Site
+    projections: Mapping[str, Projection]
+    """`query`, `key` and `value`, as far as one linear module makes them."""
+
+    @property
+    def query(self) -> Float[Tensor, "head d_model d_qk"]:
+        """W_Q of each head."""
+        return self._of("query")
+
+    @property
+    def key(self) -> Float[Tensor, "group d_model d_qk"]:
+        """W_K of each key/value head."""
+        return self._of("key")
+
+    @property
+    def value(self) -> Float[Tensor, "group d_model d_v"]:
+        """W_V of each key/value head."""
+        return self._of("value")
+
+    @property
+    def output(self) -> Float[Tensor, "head d_v d_model"]:
+        """W_O of each head."""
+        return output_weight(self.model, self.site)
+
+    def _of(self, name: str) -> Tensor:
+        if name not in self.projections:
+            raise UnsupportedModelError(
+                f"The {name} of {self.site.name} comes from no single linear module of "
+                f"{self.site.module} (it is put together from several, as in latent attention), so "
+                "its weights per head are not defined."
+            )
+        return projection_weight(self.model, self.projections[name])
 
 
 def input_major(module: nn.Module) -> Float[Tensor, "d_in d_out"]:

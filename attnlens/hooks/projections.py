@@ -1,8 +1,9 @@
 """Find the linear modules that make q, k and v of a site, by matching numbers, not names.
 
-The model runs once on a few prompts; what the site's linear modules return is compared with what
-attention receives, channel by channel. Position 0 is compared first, where a rotary embedding turns
-nothing; a norm between the projection and attention (QK-norm) is undone by comparing directions.
+The model runs once with the outputs of the site's linear modules replaced by noise, and what
+attention receives is compared with the noise, channel by channel; so channels of a head whose
+weights are zero are told apart too. Position 0 is compared where a rotary embedding turns the
+others; a norm between the projection and attention (QK-norm) is undone by comparing directions.
 """
 
 from __future__ import annotations
@@ -15,53 +16,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
-from attnlens.anatomy.weights import HeadWeights, Projection, output_weight, projection_weight
-from attnlens.errors import UnsupportedModelError
+from attnlens.anatomy.weights import HeadWeights, Projection
 from attnlens.hooks.probe import evaluating
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Session
 
 # Cosine of two channels over the prompts that are the same but for rounding.
-_SAME = {torch.float64: 1 - 1e-9, torch.float32: 1 - 1e-5}
+_COSINE = {torch.float64: 1 - 1e-9, torch.float32: 1 - 1e-5}
 
 
 def head_weights(
     model: nn.Module, anatomy: Anatomy, site: Site, example: Mapping[str, Any]
 ) -> HeadWeights:
     """W_Q, W_K, W_V and W_O of a site, head by head, without biases and norms."""
-    found = find_projections(model, anatomy, site, example)
-    return HeadWeights(
-        query=projection_weight(model, found["query"]),
-        key=projection_weight(model, found["key"]),
-        value=projection_weight(model, found["value"]),
-        output=output_weight(model, site),
-    )
-
-
-def find_projections(
-    model: nn.Module, anatomy: Anatomy, site: Site, example: Mapping[str, Any]
-) -> dict[str, Projection]:
-    """The projections `query`, `key` and `value` of a site."""
     spy = _Spy(site)
     with torch.no_grad(), evaluating(model), Session(model, anatomy, [spy]):
         model(**example)
     assert spy.call is not None
-    found: dict[str, Projection] = {}
-    for name in ("query", "key", "value"):
-        received = getattr(spy.call, name)
-        projection = _match(received, spy.outputs)
-        if projection is None:
-            raise UnsupportedModelError(
-                f"The {name} of {site.name} comes from no single linear module of {site.module} (it "
-                "is put together from several, as in latent attention), so its weights per head are "
-                "not defined."
-            )
-        found[name] = projection
-    return found
+    found = {
+        name: _match(received, spy.outputs)
+        for name, received in (
+            ("query", spy.call.query),
+            ("key", spy.call.key),
+            ("value", spy.call.value),
+        )
+    }
+    return HeadWeights(model, site, {name: part for name, part in found.items() if part})
 
 
 class _Spy:
-    """Observer of one site that also notes what the module's linear parts returned before the call."""
+    """Observer of one site that makes the module's linear parts return noise, and notes it."""
 
     def __init__(self, site: Site) -> None:
         self.sites = frozenset([site.name])
@@ -69,20 +53,25 @@ class _Spy:
         self.outputs: dict[str, Tensor] = {}
         self._module = site.module
         self._latest: dict[str, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Note the output of every linear module inside the attention module."""
+        """Replace the output of every linear module inside the attention module."""
         handles: list[Any] = []
         for name, module in model.get_submodule(self._module).named_modules(prefix=self._module):
             weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 2:
-                handles.append(module.register_forward_hook(self._note(name)))
+            norm = "norm" in type(module).__name__.lower()
+            if isinstance(weight, Tensor) and weight.ndim == 2 and not norm:
+                handles.append(module.register_forward_hook(self._replace(name)))
         return handles
 
-    def _note(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._latest[name] = output
+    def _replace(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):
+                return None
+            noise = torch.randn(output.shape, generator=self._generator, dtype=torch.float32)
+            self._latest[name] = noise.to(output)
+            return self._latest[name]
 
         return hook
 
@@ -100,30 +89,34 @@ def _match(received: Float[Tensor, "b n s d"], outputs: Mapping[str, Tensor]) ->
         for name, output in outputs.items()
         if output.numel() % (batch * length) == 0 and output.shape[0] == batch
     }
-    threshold = _SAME.get(received.dtype, 1 - 1e-3)
+    threshold = _COSINE.get(received.dtype, 1 - 1e-3)
     for positions in (slice(None), slice(0, 1)):
         wanted = received[:, :, positions].double().permute(1, 3, 0, 2).reshape(heads * width, -1)
         for name, output in candidates.items():
             for normalise in (_plain, _rms(width), _rms(None), _layer_norm(width)):
                 given = normalise(output)
-                if given is None:
-                    continue
-                features = given[:, positions].permute(2, 0, 1).reshape(given.shape[2], -1)
-                matched = _best(wanted, features, threshold)
-                if matched is not None:
+                matched = given is not None and _parallel(
+                    wanted, _channels(given, positions), threshold
+                )
+                if matched:
                     index, scales = matched
                     scale = float(scales.median()) if normalise is _plain else 1.0
                     return Projection(name, index.view(heads, width), _clean(scale))
     return None
 
 
-def _best(
+def _channels(output: Float[Tensor, "b s feature"], positions: slice) -> Tensor:
+    """`feature n`: what each feature is at the given positions of all prompts."""
+    return output[:, positions].permute(2, 0, 1).reshape(output.shape[2], -1)
+
+
+def _parallel(
     wanted: Float[Tensor, "channel n"], given: Float[Tensor, "feature n"], threshold: float
 ) -> tuple[Tensor, Tensor] | None:
-    """For each wanted channel the feature that points the same way; None if one has none."""
+    """For each wanted channel the feature that points its way, and the ratio of their sizes."""
     if wanted.shape[1] < 4:
         return None
-    # Without their means over the prompts, so that a bias on either side does not matter.
+    # Without their means over the prompts, so that the bias of a norm does not matter.
     wanted = wanted - wanted.mean(1, keepdim=True)
     given = given - given.mean(1, keepdim=True)
     unit = wanted / wanted.norm(dim=1, keepdim=True).clamp_min(1e-30)
