@@ -41,6 +41,8 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of prompts."""
+        if self.ids is not None:
+            return self.ids.shape[0]
         return next(v.shape[0] for v in self.inputs.values() if isinstance(v, Tensor))
 
     @property
@@ -287,9 +289,23 @@ def split(batch: Batch, size: int, by_length: bool = True) -> tuple[list[Batch],
     Padding that no prompt of a part needs is cut off.
     """
     order = list(range(batch.size))
+    if not _one_row_a_prompt(batch):
+        # Patches of all images in one tensor: which prompt they belong to is the model's affair.
+        if batch.size > size:
+            raise InputError(
+                f"The input holds {batch.size} prompts whose images cannot be told apart, over the "
+                f"batch size of {size}. Give fewer prompts at a time, or a larger batch_size."
+            )
+        return [batch], order
     if by_length and batch.real is not None:
         order.sort(key=lambda prompt: batch.lengths[prompt])
     return [_take(batch, order[i : i + size]) for i in range(0, len(order), size)], order
+
+
+def _one_row_a_prompt(batch: Batch) -> bool:
+    tensors = [value for value in batch.inputs.values() if isinstance(value, Tensor)]
+    prompts = batch.ids.shape[0] if batch.ids is not None else batch.size
+    return all(value.ndim > 0 and value.shape[0] == prompts for value in tensors)
 
 
 def _take(batch: Batch, prompts: list[int]) -> Batch:

@@ -200,7 +200,8 @@ class Lens:
             for name, total in observer.sums.items():
                 sums[name] = sums.get(name, 0) + total
                 counts[name] = counts.get(name, 0) + observer.counts[name]
-        return {name: (total / counts[name]).float() for name, total in sums.items()}
+        dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        return {name: (total / counts[name]).to(dtype) for name, total in sums.items()}
 
     @torch.no_grad()
     def logits(

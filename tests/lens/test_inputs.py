@@ -134,6 +134,26 @@ def test_a_text_longer_than_the_context(stories: Lens) -> None:
         stories.run("Once upon a time there was a dog. " * 200)
 
 
+def test_prompts_stay_with_their_images() -> None:
+    """All images' patches lie in one tensor, so prompts are neither sorted nor split."""
+    lens = opened("qwen2_vl")
+    padded = ARCHITECTURES["qwen2_vl"].padded
+    assert padded is not None
+    inputs = padded(lens.model, "right")  # type: ignore[arg-type]
+    inputs = {
+        name: value.flip(0) if name != "pixel_values" else value for name, value in inputs.items()
+    }
+    whole = lens.run(inputs, keep="pattern", layers="L1").pattern["L1"]
+    first = lens.measure(inputs, al.FirstTokenMass(), layers="L1")["first_token"]["L1"]
+    mask = inputs["attention_mask"]
+    for prompt in range(2):
+        real = mask[prompt].bool()
+        wanted = whole[prompt][:, real][:, :, int(real.int().argmax())].mean(-1)
+        torch.testing.assert_close(first[prompt], wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        lens.measure(inputs, al.FirstTokenMass(), batch_size=1)
+
+
 def test_nan_pixels() -> None:
     lens = opened("vit")
     pixels = ARCHITECTURES["vit"].inputs(lens.model)["pixel_values"]  # type: ignore[arg-type]
