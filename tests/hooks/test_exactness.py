@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import attnlens as al
 from attnlens.anatomy import Anatomy
+from attnlens.hooks import seam
 from attnlens.hooks.keep import Keep, Request
 from attnlens.hooks.measure import Measure
 from attnlens.hooks.probe import examine, output_tensors
 from attnlens.hooks.session import Session
 from attnlens.hooks.tokens import Sides
 from tests.architectures import ARCHITECTURES, Architecture, Inputs, names
-from tests.oracles.attention import compare_with_eager
+from tests.oracles.attention import Recorder, compare_with_eager
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 # A model that takes its softmax in float32 whatever its dtype sums each row in float32; a block
@@ -137,3 +138,53 @@ def test_patterns_are_what_transformers_returns(name: str, kernel: str) -> None:
         assert len(sites) == len(returned) > 0
         for site, weights in zip(sites, returned, strict=True):
             assert (trace.pattern[site.name] - weights).abs().max() <= tolerance
+
+
+CACHED = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "llama4_text", "phi3", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_rows_while_decoding_with_a_cache(name: str) -> None:
+    """A prompt, three single tokens, and a chunk: windows have filled and old keys are gone."""
+    model: Any = ARCHITECTURES[name].build()
+    ids = ARCHITECTURES[name].inputs(model)["input_ids"]
+    anatomy = examine(model, {"input_ids": ids})
+    sites = frozenset(site.name for site in anatomy.sites)
+    cache, place, queries = None, 0, []
+    for size in (9, 1, 1, 1, 3):
+        recorder = Recorder(sites)
+        with torch.no_grad(), seam.kernel(model, "eager"), Session(model, anatomy, [recorder]):
+            part = ids[:, place : place + size]
+            cache = model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+        place += size
+        for site in sites:
+            eager, rows = recorder.weights[site], recorder.rows[site]
+            assert eager is not None
+            assert (rows - eager).abs().max() <= 2e-6, (site, size)
+            queries.append(rows.shape[2])
+    assert set(queries) == {9, 1, 3}
+
+
+def test_rows_of_t5_while_decoding() -> None:
+    """A position bias of one row, and cross-attention to a cached source."""
+    model: Any = ARCHITECTURES["t5"].build()
+    inputs = ARCHITECTURES["t5"].inputs(model)
+    anatomy = examine(model, inputs)
+    sites = frozenset(site.name for site in anatomy.sites if site.stack != "enc")
+    source, target = model.get_encoder()(inputs["input_ids"]), inputs["decoder_input_ids"]
+    cache = None
+    for place in range(4):
+        recorder = Recorder(sites)
+        with torch.no_grad(), seam.kernel(model, "eager"), Session(model, anatomy, [recorder]):
+            part = target[:, place : place + 1]
+            output = model(
+                encoder_outputs=source,
+                decoder_input_ids=part,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        for site in sites:
+            eager = recorder.weights[site]
+            assert eager is not None
+            assert (recorder.rows[site] - eager).abs().max() <= 2e-6, (site, place)

@@ -122,14 +122,14 @@ def test_selections_are_slices_of_the_whole() -> None:
     ids = torch.arange(20, 44).view(2, 12)
     kinds = ("q", "k", "v", "scores", "pattern", "z", "result", "residual")
     whole = lens.run(ids, keep=kinds)
-    some = lens.run(ids, keep=kinds, layers="L1:", heads="L1H3,L1H0,L0H2", rows=[0, -1, 4])
-    assert some.heads == {"L1": (3, 0)}
-    rows, heads = [0, 11, 4], [3, 0]
+    some = lens.run(ids, keep=kinds, layers="L1:", heads="L1H2,L1H1,L0H2", rows=[0, -1, 4])
+    assert some.heads == {"L1": (2, 1)}
+    rows, heads = [0, 11, 4], [2, 1]
     for kind in ("q", "scores", "pattern", "z", "result"):
         wanted = whole[kind]["L1"][:, heads][:, :, rows]
         torch.testing.assert_close(some[kind]["L1"], wanted, atol=1e-6, rtol=1e-5)
         assert list(some[kind]) == ["L1"]
-    for kind in ("k", "v"):  # heads 3 and 0 read both groups, head 0 the first one
+    for kind in ("k", "v"):  # heads 2 and 1 read both groups, head 0 the first one
         assert torch.equal(some[kind]["L1"], whole[kind]["L1"])
         one = lens.run(ids, keep=kind, heads="L1H0")
         assert torch.equal(one[kind]["L1"], whole[kind]["L1"][:, :1])
