@@ -105,7 +105,11 @@ class Sinks:
 
     @property
     def strongest(self) -> Sequence[int]:
-        """The position that gets most of each head's attention."""
+        """The position that gets most of each head's attention, counted over all rows.
+
+        Not by column mean: the last key is seen by one row, so a head that looks at its own token
+        would have its sink there.
+        """
         return self.share.nan_to_num(-1.0).argmax(-1).tolist()
 
     def token_at(self, position: int) -> str:
@@ -126,7 +130,7 @@ class Sinks:
                 "sink_rate": self.sink_rate[:, 0],
                 "strongest": places,
                 "strongest_token": [self.token_at(place) for place in places],
-                "strongest_mass": [float(self.column_mass[h, places[h]]) for h in rows],
+                "strongest_mass": [float(self.share[h, places[h]]) for h in rows],
                 "strongest_rate": [float(self.sink_rate[h, places[h]]) for h in rows],
                 "learned": self.learned,
             },
@@ -146,7 +150,7 @@ class Sinks:
                     "sink_rate": float(self.sink_rate[own, 0].mean()),
                     "strongest": place,
                     "strongest_token": self.token_at(place),
-                    "strongest_mass": float(self.column_mass[own, place].mean()),
+                    "strongest_mass": float(self.share[own, place].mean()),
                     "strongest_rate": float(self.sink_rate[own, place].mean()),
                     "learned": float(self.learned[own].mean()),
                 }
