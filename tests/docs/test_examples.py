@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,6 @@ def code(page: str) -> str:
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    source = code(page)
-    assert "attnlens" in source
-    names: dict[str, object] = {"__name__": "example"}
-    exec(compile(source, page, "exec"), names)
-    assert "lens" in names
+    script = tmp_path / "example.py"
+    script.write_text(code(page))
+    assert "lens" in runpy.run_path(str(script), run_name="example")
