@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
-    from attnlens.analyses.ablation import ablate
+    from attnlens.analyses.ablation import ablate, ablate_together
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.profile import profile
-    from attnlens.analyses.rollout import rollout
-    from attnlens.analyses.sinks import sinks
+    from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
+    from attnlens.analyses.sinks import SinkSettings, sinks
+    from attnlens.graphs.export import export_graph, load_graph
     from attnlens.graphs.flow import rollout_graph
     from attnlens.hooks.edits import Mean, Scale, Uniform, Zero
     from attnlens.hooks.reducers import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         InductionMass,
         MeanDistance,
         OffsetMass,
+        TokenMass,
     )
     from attnlens.lens import Lens, load
     from attnlens.views import show
@@ -42,14 +44,21 @@ _HOMES = {
     "Mean": "attnlens.hooks.edits",
     "MeanDistance": "attnlens.hooks.reducers",
     "OffsetMass": "attnlens.hooks.reducers",
+    "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
+    "SinkSettings": "attnlens.analyses.sinks",
+    "TokenMass": "attnlens.hooks.reducers",
     "Uniform": "attnlens.hooks.edits",
     "Zero": "attnlens.hooks.edits",
     "ablate": "attnlens.analyses.ablation",
+    "ablate_together": "attnlens.analyses.ablation",
+    "export_graph": "attnlens.graphs.export",
     "head_types": "attnlens.analyses.head_types",
     "load": "attnlens.lens",
+    "load_graph": "attnlens.graphs.export",
     "profile": "attnlens.analyses.profile",
     "rollout": "attnlens.analyses.rollout",
+    "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
@@ -67,18 +76,25 @@ __all__ = [
     "Mean",
     "MeanDistance",
     "OffsetMass",
+    "RolloutSettings",
     "Scale",
+    "SinkSettings",
+    "TokenMass",
     "Uniform",
     "Zero",
     "__version__",
     "ablate",
+    "ablate_together",
     "analyses",
     "errors",
+    "export_graph",
     "graphs",
     "head_types",
     "load",
+    "load_graph",
     "profile",
     "rollout",
+    "rollout_from",
     "rollout_graph",
     "show",
     "sinks",
