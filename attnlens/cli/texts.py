@@ -72,4 +72,4 @@ def _length(lens: Lens, text: str) -> int:
             "The model has no tokenizer, so the text file cannot be read. Give one with "
             "--tokenizer FOLDER, or leave --file out."
         )
-    return len(lens.tokenizer(text)["input_ids"])
+    return len(lens.tokenizer(text, verbose=False)["input_ids"])  # asking is no reason to warn

@@ -189,7 +189,8 @@ def _ablation(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) 
         f"{title_of(ablation)}, {len(ablation.clean)} prompts: each head is taken out by itself "
         f"and the task is graded again. Where {metric} {direction}, the head was needed. Grey "
         "diamonds are the mean of other heads of the same layer: what taking out just any head "
-        "costs."
+        f"costs. Of {len(ablation.heads)} heads that do nothing, about "
+        f"{_by_chance(len(ablation.heads))} would have an interval on that side of 0 by chance."
     )
     page.points(ablation_lines(ablation, findings.anatomy.vocab, most=6))
     if findings.together is not None:
@@ -201,6 +202,11 @@ def _ablation(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) 
     page.figure(figures["ablation"], f"Change of {metric} when a head is ablated.")
     for note in ablation.notes:
         page.note(note)
+
+
+def _by_chance(heads: int) -> str:
+    """How many of so many 95 % intervals miss 0 on one side by chance."""
+    return number_text(0.025 * heads)
 
 
 def _all_heads(page: Page, findings: Findings) -> None:
