@@ -180,14 +180,13 @@ def test_dtype_and_device_of_what_is_kept() -> None:
             assert not tensor.requires_grad
 
 
-def test_what_is_kept_is_no_view_of_the_models_tensors() -> None:
+def test_what_is_kept_holds_no_other_memory() -> None:
+    """GPT-2's values are a view of a fused map: a view kept would keep three times its price."""
     lens, inputs = opened("gpt2")
-    one = lens.run(inputs, keep=("v", "residual"))
-    one.v["L0"].zero_()
-    one.residual["L0"].zero_()
-    again = lens.run(inputs, keep=("v", "residual"))
-    assert again.v["L0"].ne(0).any()
-    assert again.residual["L0"].ne(0).any()
+    trace = lens.run(inputs, keep=KINDS)
+    for kind in KINDS:
+        for tensor in trace[kind].values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, kind
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "albert", "bart", "deepseek_v3", "gemma3"])
@@ -251,6 +250,7 @@ def test_what_would_fit_fits(name: str, keep: Any, share: float) -> None:
         with pytest.raises(BudgetError):
             lens.run(inputs, keep=kinds, layers=layers, rows=slice(-count - 1, None), budget=budget)
     assert named or rows or share < 0.6
+    assert rows or share < 0.6 or keep == "k"
 
 
 def test_over_budget_says_the_sum() -> None:
