@@ -187,6 +187,10 @@ def test_what_is_kept_holds_no_other_memory() -> None:
     for kind in KINDS:
         for tensor in trace[kind].values():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, kind
+    shown = lens.run({**inputs, "output_hidden_states": True}, keep="residual")
+    stream = shown.output.hidden_states[0]
+    assert torch.equal(shown.residual["L0"], stream)
+    assert shown.residual["L0"].data_ptr() != stream.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "albert", "bart", "deepseek_v3", "gemma3"])
