@@ -342,11 +342,7 @@ class ArgMax:
     def update(self, state: tuple[Layout, Tensor], block: Block) -> None:
         """Note the largest key of each row."""
         layout, keys = state
-        count = block.pattern.shape[-1]
-        # The first of equal weights wins; a maximum over places is many times faster than argmax.
-        from_end = torch.arange(count, 0, -1, device=block.pattern.device, dtype=torch.float32)
-        at_peak = block.pattern == block.peak[..., None]
-        found = count - torch.where(at_peak, from_end, 0.0).amax(-1).long()
+        found = block.pattern.argmax(-1)
         keys[..., block.rows] = found + block.keys.start - layout.first_key()[:, None, None]
 
     def finish(self, state: tuple[Layout, Tensor]) -> Int[Tensor, "batch head query"]:

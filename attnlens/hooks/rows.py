@@ -30,7 +30,7 @@ from attnlens.kernels.rows import (
     softmax_rows,
 )
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 6 << 20
 """Scores held at a time. Two or three tensors of this size stay near the cache."""
 
 
