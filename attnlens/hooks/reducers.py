@@ -69,6 +69,14 @@ class Block:
         """Weight of each row on the chosen keys."""
         return (self.pattern * chosen[:, None].to(self.pattern.dtype)).sum(-1)
 
+    def mass_at(self, pairs: Bool[Tensor, "batch row key"]) -> Float[Tensor, "batch head row"]:
+        """Weight of each row on its own few keys, gathered there rather than summed over all."""
+        prompt, row, key = pairs.nonzero(as_tuple=True)
+        batch, heads, rows, _ = self.pattern.shape
+        mass = self.pattern.new_zeros(batch, rows, heads)
+        mass.index_put_((prompt, row), self.pattern[prompt, :, row, key], accumulate=True)
+        return mass.transpose(1, 2)
+
     def at(self, keys: Int[Tensor, "#batch row"]) -> Float[Tensor, "batch head row"]:
         """Weight of one key a row; 0 where the key is outside the block."""
         index = keys - self.keys.start
@@ -374,4 +382,4 @@ def _mass_after(
     matches &= (source >= 0) & (source + shift < block.positions[:, None])
     if layout.key_tokens.real is not None:
         matches &= layout.key_tokens.real[:, source.clamp_min(0)][:, None, :]
-    return block.mass_on(matches[..., block.keys]), matches.any(-1)
+    return block.mass_at(matches[..., block.keys]), matches.any(-1)
