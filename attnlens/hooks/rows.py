@@ -167,7 +167,7 @@ class Rows:
         if self.cap is not None:
             scores = soft_cap(scores, self.cap)
         if self.bias is not None:
-            scores = scores + self.bias[:, :, -self.shape[2] :][:, :, rows, keys]
+            scores = scores + self.bias[:, :, rows, keys]
         if self.causal:
             return hide_future(scores, rows.start - keys.start)
         if self.mask is not None:

@@ -47,12 +47,10 @@ class Session:
         model: nn.Module,
         anatomy: Anatomy,
         observers: Sequence[Observer],
-        must_fire: bool = True,
     ) -> None:
         self.model = model
         self.observers = tuple(observers)
         self.fired: Counter[str] = Counter()
-        self._must_fire = must_fire
         self._modules = _by_module(anatomy.sites)
         self._names: dict[int, str] = {}
         self._calls: Counter[str] = Counter()
@@ -92,7 +90,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-        if kind is None and self._must_fire:
+        if kind is None:
             self.check_fired()
 
     def close(self) -> None:

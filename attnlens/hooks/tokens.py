@@ -87,14 +87,6 @@ class Layout:
         real = self.query_tokens.real
         return None if real is None else real[:, rows]
 
-    @property
-    def real_counts(self) -> Int[Tensor, " batch"]:
-        """Number of real rows of each prompt."""
-        real = self.query_tokens.real
-        if real is None:
-            return torch.full((self.batch,), self.queries, device=self.device)
-        return real.sum(-1)
-
     def first_key(self) -> Int[Tensor, " batch"]:
         """Position of each prompt's first real key (0 unless padded on the left)."""
         return _first_real(self.key_tokens.real, self.batch, self.device)

@@ -162,6 +162,8 @@ class TestRestores:
         session.__enter__()
         session.close()
         session.close()
+        assert gpt2.model.config._attn_implementation == "sdpa"
+        assert not any("_attnlens_listeners" in vars(m) for m in gpt2.model.modules())
 
 
 def test_an_inner_session_sees_what_an_outer_one_changed(gpt2: Opened) -> None:
