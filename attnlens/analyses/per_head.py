@@ -14,8 +14,9 @@ from torch import Tensor
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
 from attnlens.anatomy import Head
 from attnlens.errors import InputError
+from attnlens.hooks.block import Block
 from attnlens.hooks.measure import join_ragged
-from attnlens.hooks.reducers import Block, Reducer
+from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.tokens import Layout
 from attnlens.lens import Statistics
 

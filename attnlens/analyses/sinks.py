@@ -20,7 +20,8 @@ from attnlens.analyses.per_head import head_frame, heads_of, side_by_side
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.errors import InputError
-from attnlens.hooks.reducers import Block, ColumnMass, FirstTokenMass, Mean, RowMean
+from attnlens.hooks.block import Block
+from attnlens.hooks.reducers import ColumnMass, FirstTokenMass, Mean, RowMean
 from attnlens.hooks.tokens import Layout
 from attnlens.lens import Inputs, Lens, Statistics
 
@@ -262,10 +263,12 @@ class ColumnShare(ColumnMass):
     def update(self, state: tuple[Layout, Tensor, Tensor], block: Block) -> None:
         """Add the columns of the real rows."""
         _, sums, counts = state
-        batch, _, rows, _ = block.pattern.shape
-        weights = block.pattern.new_ones(batch, 1, rows) if block.weights is None else block.weights
-        sums[..., block.keys] += (weights[..., None, :] @ block.pattern)[..., 0, :]
-        counts += weights.sum(-1, keepdim=True)
+        sums[:, block.heads, block.keys] += block.column_sums()
+        if block.heads.start == 0:
+            real = block.real
+            counts += (
+                block.rows.stop - block.rows.start if real is None else real.sum(-1)[:, None, None]
+            )
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Site
-from attnlens.hooks.reducers import Block, Reducer
+from attnlens.hooks.block import Block
+from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.rows import BLOCK_BYTES, Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.tokens import Layout, Sides
@@ -64,21 +66,25 @@ class Measure:
 
 
 def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The rows of one call as blocks for reducers."""
-    for part in rows.blocks(block_bytes):
+    """The rows of one call as blocks for reducers: each row of each head once."""
+    rows = replace(rows, key=rows.key.contiguous())
+    for part, tiles in rows.tiles(block_bytes):
         keys = rows.keys_seen(part)
-        scores = rows.scores(part, keys)
-        pattern = rows.pattern(scores, part, keys)
-        half = pattern.dtype in (torch.float16, torch.bfloat16)
-        yield Block(
-            layout,
-            part,
-            keys,
-            pattern.float() if half else pattern,
-            scores,
-            rows.visible(part, keys),
-            softmax_of_scores=not half and not rows.edits,
-        )
+        for heads in tiles:
+            own = rows.part(heads)
+            scores = own.scores(part, keys)
+            pattern = own.pattern(scores, part, keys)
+            half = pattern.dtype in (torch.float16, torch.bfloat16)
+            yield Block(
+                layout,
+                own,
+                heads,
+                part,
+                keys,
+                scores,
+                pattern.float() if half else pattern,
+                softmax_of_scores=not half and not rows.edits,
+            )
 
 
 def merge(batches: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:

@@ -1,90 +1,23 @@
 """Streaming statistics over attention rows.
 
-A reducer keeps a small state for one site, is shown the site's rows block by block, and returns one
-value a prompt and head. All reducers of a run share each block; nothing of size queries x keys is
-kept. Padded rows carry no weight, and results are aligned to the first real token, so padding on
-either side gives the same numbers.
+A reducer keeps a small state for one site, is shown the site's rows block by block (some rows of
+some heads at a time, see `hooks.block`), and returns one value a prompt and head. All reducers of a
+run share each block; nothing of size queries x keys is kept. Padded rows carry no weight, and
+results are aligned to the first real token, so padding on either side gives the same numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlens.errors import InputError
+from attnlens.hooks.block import Block
 from attnlens.hooks.tokens import Layout
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of one site: `pattern` and `scores`, their keys cut to those that a row sees."""
-
-    layout: Layout
-    rows: slice
-    keys: slice
-    pattern: Float[Tensor, "batch head row key"]
-    scores: Float[Tensor, "batch head row key"]
-    visible: Bool[Tensor, "#batch #head row key"] | None
-    """Which keys each row sees; None where it sees all."""
-    softmax_of_scores: bool
-    """Whether the pattern is the plain softmax of `scores`, in full precision."""
-
-    @cached_property
-    def weights(self) -> Float[Tensor, "batch 1 row"] | None:
-        """1 for a real row, 0 for padding; None where all are real."""
-        real = self.layout.real_rows(self.rows)
-        return None if real is None else real[:, None].to(self.pattern.dtype)
-
-    @cached_property
-    def positions(self) -> Int[Tensor, " row"]:
-        """Key position of each row's own token."""
-        layout = self.layout
-        return torch.arange(self.rows.start, self.rows.stop, device=layout.device) + layout.offset
-
-    @cached_property
-    def partners(self) -> Int[Tensor, "#batch row"]:
-        """Key position at the same distance from the first real key as each row from the first row.
-
-        The row's own position, but in cross-attention, where each side may have its own padding.
-        """
-        shift = self.layout.first_key() - self.layout.first_query()
-        return self.positions + shift[:, None]
-
-    @cached_property
-    def peak(self) -> Float[Tensor, "batch head row"]:
-        """Largest weight of each row."""
-        return self.pattern.amax(-1)
-
-    @cached_property
-    def row_sums(self) -> Float[Tensor, "batch head row"]:
-        """Sum of each row: 1, or less where learned sinks take a share."""
-        return self.pattern.sum(-1)
-
-    def mass_on(self, chosen: Bool[Tensor, "batch #row key"]) -> Float[Tensor, "batch head row"]:
-        """Weight of each row on the chosen keys."""
-        return (self.pattern * chosen[:, None].to(self.pattern.dtype)).sum(-1)
-
-    def mass_at(self, pairs: Bool[Tensor, "batch row key"]) -> Float[Tensor, "batch head row"]:
-        """Weight of each row on its own few keys, gathered there rather than summed over all."""
-        prompt, row, key = pairs.nonzero(as_tuple=True)
-        batch, heads, rows, _ = self.pattern.shape
-        mass = self.pattern.new_zeros(batch, rows, heads)
-        mass.index_put_((prompt, row), self.pattern[prompt, :, row, key], accumulate=True)
-        return mass.transpose(1, 2)
-
-    def at(self, keys: Int[Tensor, "#batch row"]) -> Float[Tensor, "batch head row"]:
-        """Weight of one key a row; 0 where the key is outside the block."""
-        index = keys - self.keys.start
-        inside = (index >= 0) & (index < self.pattern.shape[-1])
-        index = index.clamp(0, self.pattern.shape[-1] - 1)
-        batch, heads, rows, _ = self.pattern.shape
-        wide = index[:, None, :, None].expand(batch, heads, rows, 1)
-        return self.pattern.gather(-1, wide)[..., 0] * inside[:, None]
 
 
 class Reducer(Protocol):
@@ -120,6 +53,7 @@ class Mean:
     layout: Layout
     total: Float[Tensor, "batch head"]
     rows: Int[Tensor, "batch 1"]
+    """Rows that counted; the same for every head."""
 
     @classmethod
     def zero(cls, layout: Layout) -> Mean:
@@ -132,15 +66,14 @@ class Mean:
         self, block: Block, values: Float[Tensor, "batch head row"], counted: Tensor | None = None
     ) -> None:
         """Add rows: the real ones, and of these the `counted` (`batch row`) where given."""
-        real = block.layout.real_rows(block.rows)
+        real = block.real
         if counted is not None:
             real = counted if real is None else real & counted
-        if real is None:
-            self.total += values.sum(-1)
-            self.rows += values.shape[-1]
-        else:
-            self.total += (values * real[:, None]).sum(-1)
-            self.rows += real.sum(-1, keepdim=True)
+        if real is not None:
+            values = values * real[:, None]
+        self.total[:, block.heads] += values.sum(-1)
+        if block.heads.start == 0:  # the heads after the first see the same rows again
+            self.rows += values.shape[-1] if real is None else real.sum(-1, keepdim=True)
 
     def value(self) -> Float[Tensor, "batch head"]:
         """The mean; NaN for a prompt without a row that counted."""
@@ -174,29 +107,19 @@ class FirstTokenMass(RowMean):
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the column of the first real key."""
-        first = state.layout.first_key()[:, None].expand(-1, block.pattern.shape[2])
-        state.add(block, block.at(first))
+        first = state.layout.first_key()[:, None]
+        state.add(block, block.at(first.expand(-1, block.rows.stop - block.rows.start)))
 
 
 @dataclass(frozen=True)
 class Entropy(RowMean):
-    """Mean entropy of the rows in nats: `H_t = -sum_s A[t, s] ln A[t, s]`.
-
-    From the scores, without a logarithm a weight: `ln A = score - lse`, and lse is known from the
-    largest weight of the row.
-    """
+    """Mean entropy of the rows in nats: `H_t = -sum_s A[t, s] ln A[t, s]`."""
 
     name: str = "entropy"
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the entropy of each row."""
-        if not block.softmax_of_scores:
-            state.add(block, torch.special.entr(block.pattern).sum(-1))
-            return
-        # The largest score and the largest weight are of the same key: ln A = score - lse there.
-        lse = block.scores.amax(-1) - block.peak.clamp_min(1e-30).log()
-        mean_score = (block.pattern * block.scores).sum(-1)
-        state.add(block, (lse * block.row_sums - mean_score).clamp_min(0))
+        state.add(block, block.entropy)
 
 
 @dataclass(frozen=True)
@@ -207,17 +130,7 @@ class MeanDistance(RowMean):
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the mean distance of each row."""
-        keys = torch.arange(block.keys.start, block.keys.stop, device=block.pattern.device)
-        dtype = block.pattern.dtype
-        if state.layout.site.causal:
-            # Taken from the block's first row on: all terms but a few have one sign, none cancels.
-            start = int(block.positions[0])
-            back = block.pattern @ (start - keys).to(dtype)
-            values = back + block.row_sums * (block.positions - start).to(dtype)
-        else:
-            far = (block.partners[:, None, :, None] - keys).abs().to(dtype)
-            values = (block.pattern * far).sum(-1)
-        state.add(block, values)
+        state.add(block, block.distance)
 
 
 @dataclass(frozen=True)
@@ -249,7 +162,7 @@ class OffsetMass:
                 exists = exists & real.gather(
                     1, keys.clamp(0, mean.layout.keys - 1).expand(len(real), -1)
                 )
-            exists = exists.expand(block.pattern.shape[0], -1)
+            exists = exists.expand(mean.layout.batch, -1)
             mean.add(block, block.at(keys), exists)
 
     def finish(self, state: list[Mean]) -> Float[Tensor, "batch head offset"]:
@@ -266,13 +179,13 @@ class TokenMass(RowMean):
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the weight on the chosen keys."""
-        ids = _known(state.layout.key_tokens.ids, self.name)[:, block.keys]
+        ids = _known(state.layout.key_tokens.ids, self.name)
         wanted = torch.tensor(sorted(self.ids), dtype=ids.dtype, device=ids.device)
-        state.add(block, block.mass_on(torch.isin(ids, wanted)[:, None]))
+        state.add(block, block.mass_on(torch.isin(ids, wanted).float()))
 
 
 @dataclass(frozen=True)
-class InductionMass(RowMean):
+class InductionMass:
     """Mean weight on the tokens that follow earlier copies of the current one (prefix matching).
 
     `mean_t sum_{s < t, x[s-1] = x[t]} A[t, s]` over the rows that have such a token (Olsson et al.
@@ -280,21 +193,33 @@ class InductionMass(RowMean):
     """
 
     name: str = "induction"
+    shift = 1
 
-    def update(self, state: Mean, block: Block) -> None:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """One number a head."""
+        return (self.name,)
+
+    def start(self, layout: Layout) -> tuple[Mean, Copies]:
+        """An empty mean, and where the copies are."""
+        return Mean.zero(layout), Copies.of(layout, self.name, self.shift)
+
+    def update(self, state: tuple[Mean, Copies], block: Block) -> None:
         """Add the weight on the tokens after earlier copies."""
-        state.add(block, *_mass_after(block, state.layout, self.name, shift=1))
+        mean, copies = state
+        mean.add(block, block.mass_at(*copies.pairs(block.rows)), copies.counts[:, block.rows] > 0)
+
+    def finish(self, state: tuple[Mean, Copies]) -> Float[Tensor, "batch head"]:
+        """The mean over the real rows that have such a token."""
+        return state[0].value()
 
 
 @dataclass(frozen=True)
-class DuplicateMass(RowMean):
+class DuplicateMass(InductionMass):
     """Mean weight on earlier copies of a row's token: `mean_t sum_{s < t, x[s] = x[t]} A[t, s]`."""
 
     name: str = "duplicate"
-
-    def update(self, state: Mean, block: Block) -> None:
-        """Add the weight on earlier copies."""
-        state.add(block, *_mass_after(block, state.layout, self.name, shift=0))
+    shift = 0
 
 
 @dataclass(frozen=True)
@@ -317,14 +242,9 @@ class ColumnMass:
     def update(self, state: tuple[Layout, Tensor, Tensor], block: Block) -> None:
         """Add the columns of the real rows."""
         _, sums, counts = state
-        batch, _, rows, _ = block.pattern.shape
-        weights = block.pattern.new_ones(batch, 1, rows) if block.weights is None else block.weights
-        sums[..., block.keys] += (weights[..., None, :] @ block.pattern)[..., 0, :]
-        if block.visible is None:
-            counts[..., block.keys] += weights.sum(-1, keepdim=True)
-        else:
-            seen = block.visible[:, :1].to(weights.dtype)
-            counts[..., block.keys] += (weights[..., None, :] @ seen)[..., 0, :]
+        sums[:, block.heads, block.keys] += block.column_sums()
+        if block.heads.start == 0:  # the heads after the first see the same rows again
+            counts[..., block.keys] += block.rows_seeing()[:, None]
 
     def finish(self, state: tuple[Layout, Tensor, Tensor]) -> Float[Tensor, "batch head key"]:
         """The mean of each column."""
@@ -350,13 +270,65 @@ class ArgMax:
     def update(self, state: tuple[Layout, Tensor], block: Block) -> None:
         """Note the largest key of each row."""
         layout, keys = state
-        found = block.pattern.argmax(-1)
-        keys[..., block.rows] = found + block.keys.start - layout.first_key()[:, None, None]
+        first = layout.first_key()[:, None, None]
+        keys[:, block.heads, block.rows] = block.largest - first
 
     def finish(self, state: tuple[Layout, Tensor]) -> Int[Tensor, "batch head query"]:
         """The keys, aligned."""
         layout, keys = state
         return layout.align_queries(keys, -1)
+
+
+@dataclass
+class Copies:
+    """For each row, the keys `shift` after earlier copies of its token; found by sorting the ids.
+
+    What is kept is O(tokens); the pairs of a block of rows are made when they are asked for.
+    """
+
+    order: Int[Tensor, "batch key"]
+    """Keys sorted by token, and by position within a token."""
+    first: Int[Tensor, "batch row"]
+    """Where in the order each row's copies begin."""
+    counts: Int[Tensor, "batch row"]
+    """How many copies each row has; a fact of the text, those outside a window count too."""
+    shift: int
+    _last: tuple[slice, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, layout: Layout, name: str, shift: int) -> Copies:
+        """Sort the tokens of a site once."""
+        keys = _known(layout.key_tokens.ids, name)
+        queries = _known(layout.query_tokens.ids, name)
+        if layout.key_tokens.real is not None:
+            keys = keys.masked_fill(~layout.key_tokens.real, -1)
+        width = layout.keys
+        ranked = keys * width + torch.arange(width, device=keys.device)
+        order = ranked.argsort(dim=-1)
+        ranked = ranked.gather(-1, order)
+        rows = torch.arange(layout.queries, device=keys.device) + layout.offset
+        # A copy at p counts where p + shift < t: the token after it lies before the row.
+        least = (queries * width).contiguous()
+        first = torch.searchsorted(ranked, least)
+        past = torch.searchsorted(ranked, least + (rows - shift).clamp(0, width))
+        return cls(order, first, (past - first).clamp_min(0), shift)
+
+    def pairs(
+        self, rows: slice
+    ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+        """Prompt, row (from the first of `rows`) and key of every pair."""
+        if self._last is None or self._last[0] != rows:  # the heads of a block come one by one
+            self._last = rows, self._expand(rows)
+        return self._last[1]
+
+    def _expand(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        counts, first = self.counts[:, rows].flatten(), self.first[:, rows].flatten()
+        height = self.counts[:, rows].shape[1]
+        own = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        begins = counts.cumsum(0) - counts
+        place = torch.arange(len(own), device=own.device) - begins[own] + first[own]
+        prompt = own // height
+        return prompt, own % height, self.order[prompt, place] + self.shift
 
 
 def _known(ids: Tensor | None, name: str) -> Tensor:
@@ -367,19 +339,3 @@ def _known(ids: Tensor | None, name: str) -> Tensor:
             "audio or embedding input). Leave it out for this site."
         )
     return ids
-
-
-def _mass_after(
-    block: Block, layout: Layout, name: str, shift: int
-) -> tuple[Float[Tensor, "batch head row"], Bool[Tensor, "batch row"]]:
-    """Weight on keys `shift` after earlier copies of a row's token, and which rows have one."""
-    queries = _known(layout.query_tokens.ids, name)[:, block.rows]
-    keys = _known(layout.key_tokens.ids, name)
-    # Every key up to the row, those outside its window too: which rows count is a fact of the text.
-    source = torch.arange(block.keys.stop, device=keys.device) - shift
-    copied = keys[:, source.clamp_min(0)]
-    matches = queries[:, :, None] == copied[:, None, :]
-    matches &= (source >= 0) & (source + shift < block.positions[:, None])
-    if layout.key_tokens.real is not None:
-        matches &= layout.key_tokens.real[:, source.clamp_min(0)][:, None, :]
-    return block.mass_at(matches[..., block.keys]), matches.any(-1)

@@ -32,6 +32,8 @@ from attnlens.kernels.rows import (
 
 BLOCK_BYTES = 6 << 20
 """Scores held at a time. Two or three tensors of this size stay near the cache."""
+TILE_ROWS = 128
+"""Rows of a tile where it can have as many: fewer make thin products, more see the future."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,28 @@ class Rows:
             mask=pick(self.mask),
             sinks=None if self.sinks is None else self.sinks[heads],
             heads=heads if self.heads is None else self.heads[heads],
+        )
+
+    def part(self, heads: slice) -> Rows:
+        """The same rule for neighbouring heads, without a copy; see `tiles` for which go."""
+        if heads == slice(0, self.shape[1]):
+            return self
+        size = self.query.shape[1] // self.key.shape[1]
+        groups = slice(heads.start // size, -(-heads.stop // size))
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            wide = tensor is not None and tensor.ndim == 4 and tensor.shape[1] > 1
+            return tensor[:, heads] if wide and tensor is not None else tensor
+
+        numbers = torch.arange(heads.start, heads.stop, device=self.query.device)
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key=self.key[:, groups],
+            bias=pick(self.bias),
+            mask=pick(self.mask),
+            sinks=None if self.sinks is None else self.sinks[heads],
+            heads=numbers if self.heads is None else self.heads[heads],
         )
 
     def prompt(self, index: int) -> Rows:
@@ -215,6 +239,35 @@ class Rows:
             stop = min(start + max(size, 1), rows.stop)
             yield slice(start, stop)
             start = stop
+
+    def tiles(self, budget: int = BLOCK_BYTES) -> Iterator[tuple[slice, list[slice]]]:
+        """Every row of every head once: blocks of rows, each with the heads that go at a time.
+
+        A tile's scores take about `budget` bytes (one row of one head at least). Tall tiles of few
+        heads rather than flat ones of all: a product of few rows reads all keys for little. The
+        heads of a tile are of one key group or of whole ones.
+        """
+        batch, heads, queries, keys = self.shape
+        size = heads // self.key.shape[1]
+        cells = budget // (batch * max(self.query.element_size(), 4))
+        start = 0
+        while start < queries:
+            seen = min(start + TILE_ROWS, keys) if self.causal else keys
+            rows = min(TILE_ROWS, queries - start, max(cells // seen, 1))
+            together = max(cells // (rows * seen), 1)
+            if together >= size:
+                together = together // size * size
+            else:
+                together = next(n for n in range(together, 0, -1) if size % n == 0)
+            parts = [slice(h, min(h + together, heads)) for h in range(0, heads, together)]
+            yield slice(start, start + rows), parts
+            start += rows
+
+    def block(self, heads: slice, rows: slice) -> tuple[Float[Tensor, "batch head row key"], slice]:
+        """Weights of a block of rows of neighbouring heads, and the keys they are of."""
+        keys = self.keys_seen(rows)
+        own = self.part(heads)
+        return own.pattern(own.scores(rows, keys), rows, keys), keys
 
     def dense(
         self, rows: Sequence[int] | None = None, scores: bool = False

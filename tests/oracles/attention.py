@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.hooks import seam
+from attnlens.hooks.block import Block
 from attnlens.hooks.measure import Measure
-from attnlens.hooks.reducers import Block
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Session
@@ -34,7 +34,7 @@ class Collect:
         if state[1] is None:
             shape = (layout.batch, layout.heads, layout.queries, layout.keys)
             state[1] = block.pattern.new_zeros(shape)
-        state[1][:, :, block.rows, block.keys] = block.pattern
+        state[1][:, block.heads, block.rows, block.keys] = block.pattern
 
     def finish(self, state: list[Any]) -> Tensor:
         return state[1]
