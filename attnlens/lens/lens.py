@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.session import Observer, Session
+from attnlens.lens.decode import Decoded, Decoder, end_ids
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
 from attnlens.lens.trace import SiteTensors, Statistics, Trace
 
@@ -226,6 +227,29 @@ class Lens:
                 own = torch.searchsorted(positions, own)
             found.append(logits.gather(1, own[..., None].expand(-1, -1, logits.shape[-1])))
         return torch.cat(found)
+
+    def decode(
+        self,
+        inputs: Inputs,
+        steps: int = 50,
+        observers: Sequence[Observer] = (),
+        stop: Collection[int] | None = None,
+    ) -> Decoded:
+        """Write up to `steps` tokens after each prompt, the likeliest each time, with a cache.
+
+        Observers see the decoded rows alone, one query at a time over all keys so far; the prompt
+        before its last token runs unseen, by the model's own kernel. An answer ends at an id of
+        `stop` (the model's end tokens where not given). Edits of `lens.edit` act on both.
+
+        Raises:
+            InputError: more than tokens in the input, a prompt and answer over the context, or no
+                logits.
+            UnsupportedModelError: an encoder, or a cache that does not keep every key.
+
+        """
+        ends = end_ids(self.model, self.tokenizer) if stop is None else stop
+        decoder = Decoder(self.model, self.anatomy)
+        return decoder.decode(self.encode(inputs), steps, observers, ends)
 
     def weights(self, layer: int | str) -> HeadWeights:
         """W_Q, W_K, W_V and W_O of one site, head by head; found by matching, not by names."""
