@@ -1,5 +1,6 @@
 """Prompts with known answers: clean and corrupt pairs, where they are graded, and a metric."""
 
+from attnlens.tasks.conllu import Sentence, read_conllu
 from attnlens.tasks.indirect_object import indirect_object
 from attnlens.tasks.key_value import key_value
 from attnlens.tasks.metrics import accuracy, logit_difference, loss
@@ -8,6 +9,7 @@ from attnlens.tasks.repeated import repeated_tokens
 from attnlens.tasks.task import Task, TaskModel
 
 __all__ = [
+    "Sentence",
     "Task",
     "TaskModel",
     "accuracy",
@@ -16,5 +18,6 @@ __all__ = [
     "logit_difference",
     "loss",
     "needle",
+    "read_conllu",
     "repeated_tokens",
 ]
