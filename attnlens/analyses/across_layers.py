@@ -1,0 +1,102 @@
+"""The same attention rows of every layer side by side, one prompt at a time.
+
+Queries and keys of all layers are held over a forward pass; maps are made for a few rows at a time
+and let go, so memory is O(tokens x width) a layer and one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.anatomy import HeadSpec, Site
+from attnlens.errors import InputError
+from attnlens.hooks.held import HeldRows
+from attnlens.hooks.rows import Rows
+from attnlens.lens import Inputs, Lens
+from attnlens.lens.inputs import Batch, split
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The attention rows of one prompt at several sites whose rows and keys are the same tokens."""
+
+    number: int
+    """Which of the prompts this is, counted from 0 as they were given."""
+    rules: tuple[Rows, ...]
+    """The rule of each site, as a batch of one."""
+    queries: tuple[int, ...]
+    """Padded positions of the rows that are real."""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether rows may sum to less than 1 (learned sinks, edited patterns)."""
+        return any(rule.sinks is not None or bool(rule.edits) for rule in self.rules)
+
+    def sample(self, rows: int | None, seed: int) -> tuple[int, ...]:
+        """The real rows, or that many of them at random: the same however prompts are padded."""
+        if rows is None or rows >= len(self.queries):
+            return self.queries
+        generator = torch.Generator().manual_seed(1_000_003 * seed + self.number)
+        chosen = torch.randperm(len(self.queries), generator=generator)[:rows]
+        return tuple(self.queries[row] for row in chosen.sort().values.tolist())
+
+    @torch.no_grad()
+    def blocks(self, rows: Sequence[int], budget: int) -> Iterator[Float[Tensor, "head row key"]]:
+        """Weights of the given rows, all sites' heads one after the other, in about `budget` bytes.
+
+        Float32 at least. Keys to which no head gives weight in a block are left out of it.
+        """
+        cells = sum(rule.shape[1] for rule in self.rules) * self.rules[0].shape[3]
+        size = max(budget // (4 * cells), 1)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            maps = torch.cat([rule.dense(part)[0] for rule in self.rules])
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            yield maps[..., (maps != 0).any(0).any(0)]
+
+
+def comparable_sites(lens: Lens, layers: HeadSpec | int | None) -> tuple[Site, ...]:
+    """The sites of `layers`, which must be of one stack: else their rows are different tokens."""
+    sites = lens.anatomy.layers(layers)
+    stacks = tuple(dict.fromkeys(site.stack for site in sites))
+    if len(stacks) > 1:
+        ways = ", ".join(f"layers={f'{stack}.L0:' if stack else 'L0:'!r}" for stack in stacks)
+        raise InputError(
+            "Heads are compared row by row, and the rows of "
+            f"{', '.join(repr(stack) for stack in stacks)} are different tokens. Name the layers "
+            f"of one stack: {ways}."
+        )
+    return sites
+
+
+def prompt_rows(
+    lens: Lens, texts: Inputs, sites: Sequence[Site], batch_size: int
+) -> Iterator[PromptRows]:
+    """Run the texts and give each prompt's rows; prompts of similar length come together."""
+    parts, order = split(lens.encode(texts), batch_size)
+    numbers = iter(order)
+    for part in parts:
+        held = HeldRows(sites)
+        lens.observe(part, held)
+        rules = [held.rows[site.name] for site in sites]
+        shapes = {(rule.shape[0], *rule.shape[2:]) for rule in rules}
+        if len(shapes) > 1 or rules[0].shape[0] != part.size:
+            raise InputError(
+                "These layers see different rows or keys (prompts, rows, keys: "
+                f"{', '.join(map(str, sorted(shapes)))}), so their heads do not compare. Name "
+                "layers of one shape."
+            )
+        for index in range(part.size):
+            own = tuple(rule.prompt(index) for rule in rules)
+            yield PromptRows(next(numbers), own, _real_rows(part, sites[0], index, own[0].shape[2]))
+
+
+def _real_rows(part: Batch, site: Site, index: int, rows: int) -> tuple[int, ...]:
+    """Positions of the rows of one prompt that are no padding."""
+    real = part.sides.queries(site).cut(rows).real
+    return tuple(range(rows)) if real is None else tuple(real[index].nonzero()[:, 0].tolist())
