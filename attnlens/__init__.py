@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
     from attnlens.analyses.ablation import ablate, ablate_together
     from attnlens.analyses.head_types import head_types
+    from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.profile import profile
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
@@ -56,6 +57,7 @@ _HOMES = {
     "head_types": "attnlens.analyses.head_types",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
+    "massive_activations": "attnlens.analyses.massive_activations",
     "profile": "attnlens.analyses.profile",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
@@ -92,6 +94,7 @@ __all__ = [
     "head_types",
     "load",
     "load_graph",
+    "massive_activations",
     "profile",
     "rollout",
     "rollout_from",
