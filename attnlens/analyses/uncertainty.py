@@ -1,4 +1,4 @@
-"""How sure a mean over prompts is: percentile bootstrap intervals."""
+"""How sure a mean or a rate over prompts is: percentile bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AT_ONCE = 2_000_000  # resampled means held at a time, 16 MB in float64
 
 
 class Interval(NamedTuple):
-    """A mean over prompts and the bounds of its interval."""
+    """A mean or a rate over prompts and the bounds of its interval."""
 
     mean: Float[Tensor, "*statistic"]
     low: Float[Tensor, "*statistic"]
@@ -37,29 +37,52 @@ def bootstrap_mean(
         InputError: no prompts, no resamples, or a confidence outside 0 to 1.
 
     """
-    if values.ndim == 0 or values.shape[0] == 0 or resamples < 1 or not 0 < confidence < 1:
+    known = ~values.isnan()
+    return bootstrap_ratio(torch.where(known, values, 0.0), known, resamples, confidence, seed)
+
+
+def bootstrap_ratio(
+    numerators: Float[Tensor, "prompt *statistic"],
+    denominators: Float[Tensor, "prompt *#statistic"],
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of sums over prompts, `sum_p n_p / sum_p d_p`, with its percentile bootstrap interval.
+
+    For rates of things of which prompts hold different numbers (arcs, answers): prompts are drawn
+    with all that they hold. A denominator of 0 is a prompt that does not count. The bounds are NaN
+    where fewer than two prompts count, the ratio too where none does. Float64, on the CPU.
+    Efron 1979.
+
+    Raises:
+        InputError: no prompts, no resamples, or a confidence outside 0 to 1.
+
+    """
+    if numerators.ndim == 0 or not len(numerators) or resamples < 1 or not 0 < confidence < 1:
         raise InputError(
-            f"Cannot bootstrap values of shape {list(values.shape)} with {resamples} resamples and "
-            f"confidence {confidence}: give a prompt at least, a resample, and 0 < confidence < 1."
+            f"Cannot bootstrap values of shape {list(numerators.shape)} with {resamples} resamples "
+            f"and confidence {confidence}: give a prompt at least, a resample, and 0 < confidence "
+            "< 1."
         )
-    flat = values.detach().double().cpu().reshape(len(values), values[0].numel())
-    known = ~flat.isnan()
-    prompts, statistics = flat.shape
-    times = _times_drawn(prompts, resamples, seed)
+    shape = numerators.shape[1:]
+    above = numerators.detach().double().cpu().reshape(len(numerators), shape.numel())
+    below = denominators.detach().double().cpu().expand_as(numerators).reshape(above.shape)
+    times = _times_drawn(len(above), resamples, seed)
     tail = (1 - confidence) / 2
-    bounds = torch.full((2, statistics), torch.nan, dtype=torch.float64)
+    bounds = torch.full((2, above.shape[1]), torch.nan, dtype=torch.float64)
     step = max(1, _AT_ONCE // resamples)
-    for start in range(0, statistics, step):
+    for start in range(0, above.shape[1], step):
         part = slice(start, start + step)
-        counts = times @ known[:, part].double()
-        means = times @ flat[:, part].nan_to_num(0.0) / counts
+        counts = times @ below[:, part]
+        ratios = times @ above[:, part] / counts
         wanted = torch.tensor([tail, 1 - tail], dtype=torch.float64)
         # A resample may miss every prompt that counts; such a one says nothing and is left out.
         quantile = torch.nanquantile if bool((counts == 0).any()) else torch.quantile
-        bounds[:, part] = quantile(means, wanted, dim=0)
-    bounds[:, known.sum(0) < 2] = torch.nan
-    shape = values.shape[1:]
-    return Interval(flat.nanmean(0).view(shape), bounds[0].view(shape), bounds[1].view(shape))
+        bounds[:, part] = quantile(ratios, wanted, dim=0)
+    bounds[:, (below != 0).sum(0) < 2] = torch.nan
+    ratio = above.sum(0) / below.sum(0)
+    return Interval(ratio.view(shape), bounds[0].view(shape), bounds[1].view(shape))
 
 
 def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:

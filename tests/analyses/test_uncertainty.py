@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.uncertainty import bootstrap_mean, bootstrap_ratio
 from attnlens.errors import InputError
 
 
@@ -72,3 +72,47 @@ def test_one_prompt_has_a_mean_and_no_interval() -> None:
 def test_no_prompts_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(InputError, match="Cannot bootstrap"):
         bootstrap_mean(values)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=7),
+    st.integers(0, 100),
+)
+def test_a_ratio_equals_a_loop_over_resamples(pairs: list[tuple[int, int]], seed: int) -> None:
+    hits, asked = (torch.tensor(part, dtype=torch.float64) for part in zip(*pairs, strict=True))
+    found = bootstrap_ratio(hits, asked, 50, 0.9, seed)
+    if int((asked > 0).sum()) < 2:
+        assert found.low.isnan()
+        return
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(pairs), (50, len(pairs)), generator=generator).tolist()
+    sums = [(sum(pairs[i][0] for i in draw), sum(pairs[i][1] for i in draw)) for draw in drawn]
+    ratios = torch.tensor([n / d for n, d in sums if d], dtype=torch.float64)
+    assert float(found.mean) == pytest.approx(float(hits.sum() / asked.sum()))
+    assert float(found.low) == pytest.approx(float(ratios.quantile(0.05)))
+    assert float(found.high) == pytest.approx(float(ratios.quantile(0.95)))
+
+
+def test_one_denominator_serves_many_numerators() -> None:
+    hits = torch.tensor([[1.0, 4.0], [0.0, 2.0], [3.0, 3.0]])
+    asked = torch.tensor([4.0, 2.0, 4.0])
+    both = bootstrap_ratio(hits, asked[:, None])
+    assert both.mean.tolist() == [0.4, 0.9]
+    for column in (0, 1):
+        one = bootstrap_ratio(hits[:, column], asked)
+        assert torch.equal(torch.stack(one), torch.stack(both)[:, column])
+
+
+def test_a_ratio_of_long_and_short_prompts_covers_the_true_rate() -> None:
+    generator = torch.Generator().manual_seed(5)
+    asked = torch.randint(1, 30, (60, 1500), generator=generator).double()
+    hits = torch.binomial(asked, torch.full_like(asked, 0.3), generator=generator)
+    found = bootstrap_ratio(hits, asked, 400, 0.9)
+    covered = ((found.low <= 0.3) & (found.high >= 0.3)).double().mean()
+    assert 0.86 < float(covered) < 0.92
+
+
+def test_a_rate_of_nothing_is_unknown() -> None:
+    found = bootstrap_ratio(torch.zeros(3), torch.zeros(3))
+    assert found.mean.isnan()
+    assert found.low.isnan()
