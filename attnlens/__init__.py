@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.profile import profile
+    from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.graphs.export import export_graph, load_graph
@@ -59,6 +60,7 @@ _HOMES = {
     "load_graph": "attnlens.graphs.export",
     "massive_activations": "attnlens.analyses.massive_activations",
     "profile": "attnlens.analyses.profile",
+    "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
@@ -96,6 +98,7 @@ __all__ = [
     "load_graph",
     "massive_activations",
     "profile",
+    "rhythm",
     "rollout",
     "rollout_from",
     "rollout_graph",
