@@ -1,6 +1,13 @@
 """Prompts with known answers: clean and corrupt pairs, where they are graded, and a metric."""
 
 from attnlens.tasks.conllu import Sentence, read_conllu
+from attnlens.tasks.haystack import (
+    Needle,
+    NeedlePrompt,
+    hidden_tokens,
+    hide_needle,
+    secret_words,
+)
 from attnlens.tasks.indirect_object import indirect_object
 from attnlens.tasks.key_value import key_value
 from attnlens.tasks.metrics import accuracy, logit_difference, loss
@@ -13,6 +20,8 @@ __all__ = [
     "Task",
     "TaskModel",
     "accuracy",
+    "hidden_tokens",
+    "hide_needle",
     "indirect_object",
     "key_value",
     "logit_difference",
@@ -20,4 +29,5 @@ __all__ = [
     "needle",
     "read_conllu",
     "repeated_tokens",
+    "secret_words",
 ]

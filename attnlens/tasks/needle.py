@@ -76,7 +76,7 @@ def needle(
         corrupt.append(encode(model, twin, NAME))
         answers.append([next_id(model, text, picked[0], NAME)])
         wrong.append([next_id(model, twin, picked[secret], NAME)])
-        spans.append(_span(model, text, begins, begins + len(said)))
+        spans.append(token_span(model, text, begins, begins + len(said), NAME))
     clean = [encode(model, text, NAME) for text in texts]
     check_context(model, clean + corrupt, NAME)
     reads = [[len(ids) - 1] for ids in clean]
@@ -127,16 +127,39 @@ def _sentences(filler: str | None, draw: random.Random) -> list[str]:
     return found[first:] + found[:first]
 
 
-def _span(model: TaskModel, text: str, begin: int, end: int) -> tuple[int, int]:
-    """First and one past the last token that covers characters `begin` to `end`."""
-    tokenizer = need_tokenizer(model, NAME)
+def token_span(
+    model: TaskModel, text: str, begin: int, end: int, task: str = NAME
+) -> tuple[int, int]:
+    """First and one past the last token that covers characters `begin` to `end` of a prompt.
+
+    Raises:
+        TaskError: a tokenizer without offsets, or one whose offsets leave the characters out.
+
+    """
+    inside = [
+        number
+        for number, (a, b) in enumerate(token_offsets(model, text, task))
+        if a < b and a < end and b > begin
+    ]
+    if not inside:
+        raise TaskError(
+            f"task {task!r}: the tokenizer's offsets do not cover {text[begin:end][:40]!r}"
+        )
+    return inside[0], inside[-1] + 1
+
+
+def token_offsets(
+    model: TaskModel, text: str, task: str = NAME, special: bool = True
+) -> list[tuple[int, int]]:
+    """First and one past the last character of each token; TaskError where the tokenizer has none.
+
+    Without `special` the tokens that the tokenizer adds around a text are left out.
+    """
+    tokenizer = need_tokenizer(model, task)
     if not getattr(tokenizer, "is_fast", False):
         raise TaskError(
-            f"task {NAME!r}: the needle is found by token offsets and this tokenizer gives none; "
+            f"task {task!r}: places are found by token offsets and this tokenizer gives none; "
             "load a fast one"
         )
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > begin]
-    if not inside:
-        raise TaskError(f"task {NAME!r}: the tokenizer's offsets do not cover the needle's words")
-    return inside[0], inside[-1] + 1
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+    return [(int(a), int(b)) for a, b in found["offset_mapping"]]
