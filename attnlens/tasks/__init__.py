@@ -16,6 +16,8 @@ from attnlens.tasks.repeated import repeated_tokens
 from attnlens.tasks.task import Task, TaskModel
 
 __all__ = [
+    "Needle",
+    "NeedlePrompt",
     "Sentence",
     "Task",
     "TaskModel",
