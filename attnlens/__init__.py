@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
     from attnlens.analyses.ablation import ablate, ablate_together
     from attnlens.analyses.head_types import head_types
+    from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.profile import profile
     from attnlens.analyses.rhythm import rhythm
@@ -58,6 +59,7 @@ _HOMES = {
     "head_types": "attnlens.analyses.head_types",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
+    "long_context_heads": "attnlens.analyses.long_context",
     "massive_activations": "attnlens.analyses.massive_activations",
     "profile": "attnlens.analyses.profile",
     "rhythm": "attnlens.analyses.rhythm",
@@ -96,6 +98,7 @@ __all__ = [
     "head_types",
     "load",
     "load_graph",
+    "long_context_heads",
     "massive_activations",
     "profile",
     "rhythm",

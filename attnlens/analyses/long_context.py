@@ -1,0 +1,218 @@
+"""Which heads need the far context, query by query, and whether a cheap estimate would tell.
+
+Donhauser et al. 2025, Unveiling simplicities of attention: adaptive long-context head
+identification (QAdA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attnlens.analyses.per_head import HeadTable, Where, heads_of, side_by_side, within_sequence
+from attnlens.analyses.uncertainty import bootstrap_ratio
+from attnlens.anatomy import HeadSpec
+from attnlens.errors import InputError
+from attnlens.hooks.block import Block
+from attnlens.hooks.tokens import Layout
+from attnlens.lens import Inputs, Lens, Statistics
+
+COUNTS = ("queries", "local", "estimated", "both", "far_mass", "estimated_far_mass")
+
+
+@dataclass(frozen=True)
+class LongContextHeads(HeadTable):
+    """Rates of each head over its queries that have far keys, the texts' queries taken together.
+
+    `local` is the share of queries that are local, `estimated` the share that the estimate calls
+    local and `accuracy` the share on which both agree; `false_local` is the share called local of
+    the queries that are not, `false_far` the share not called local of those that are. `far_mass`
+    is the mean weight on the far keys, `estimated_far_mass` what the estimate makes of it.
+    """
+
+    tau: float
+    window: int
+    first: int
+    prompts: int
+    """Number of texts."""
+    queries: Int[Tensor, " head"]
+    """Queries that have far keys, over all texts; 0 in cross-attention."""
+    notes: tuple[str, ...]
+
+
+def long_context_heads(
+    lens: Lens,
+    texts: Inputs,
+    tau: float = 0.9,
+    window: int = 1024,
+    first: int = 16,
+    layers: HeadSpec | None = None,
+    batch_size: int = 8,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> LongContextHeads:
+    """How often each head needs a far key: one beyond the `first` keys and the `window` latest.
+
+    A query is local where its far keys hold 1 - tau of its weight at most; what a learned sink
+    takes counts as near. The estimate takes `n exp(q mu c + c^2 q Sigma q^T / 2)` for the sum of
+    exponentials of its n far keys, of mean mu and covariance Sigma, under the module's scaling c
+    (Donhauser et al. 2025). It is exact where their scores are normal in the limit, or equal. A
+    query whose far keys the head's own window hides is local.
+
+    Raises:
+        InputError: settings out of range, or no text longer than `first + window` tokens.
+
+    """
+    if not 0 < tau < 1:
+        raise InputError(f"tau={tau} is out of range: between 0 and 1.")
+    if window < 1 or first < 0:
+        raise InputError(f"window={window}, first={first}: give window >= 1 and first >= 0.")
+    reducer = Where(LocalQueries(tau, window, first), within_sequence)
+    measured = lens.measure(texts, reducer, layers, batch_size)
+    counts = side_by_side(measured, "local_queries")
+    queries, local, called, both, mass, estimated_mass = counts.nan_to_num(0.0).unbind(-1)
+    if not queries.any():
+        _refuse(measured, window, first)
+    rates = {
+        "local": (local, queries),
+        "estimated": (called, queries),
+        "accuracy": (queries - local - called + 2 * both, queries),
+        "false_local": (called - both, queries - local),
+        "false_far": (local - both, local),
+        "far_mass": (mass, queries),
+        "estimated_far_mass": (estimated_mass, queries),
+    }
+    above, below = (torch.stack(part, -1) for part in zip(*rates.values(), strict=True))
+    return LongContextHeads(
+        heads_of(measured),
+        tuple(rates),
+        *bootstrap_ratio(above, below, resamples, confidence, seed),
+        tau=tau,
+        window=window,
+        first=first,
+        prompts=len(counts),
+        queries=queries.sum(0).long(),
+        notes=_notes(measured, queries),
+    )
+
+
+def estimated_log_sum(
+    count: Tensor, mean: Float[Tensor, "*query"], variance: Float[Tensor, "*query"]
+) -> Float[Tensor, "*query"]:
+    """`ln(n exp(m + v / 2))`: log of the sum of n exponentials of scores of mean m and variance v.
+
+    The scores of a query q on keys of mean mu and covariance Sigma have mean `q mu c` and variance
+    `c^2 q Sigma q^T`, c the scaling. -inf for no keys.
+    """
+    return count.to(mean.dtype).log() + mean + variance / 2
+
+
+@dataclass(frozen=True)
+class LocalQueries:
+    """Counts of local queries, exact and estimated, and sums of their weight on far keys.
+
+    The moments of a query's scores over its far keys are its products with the moments of those
+    keys, so the estimate reads no more of them than their mean and covariance. Taken from the
+    scores it holds with a soft cap and position bias too.
+    """
+
+    tau: float
+    window: int
+    first: int
+    name: str = "local_queries"
+    columns: tuple[str, ...] = COUNTS
+
+    def start(self, layout: Layout) -> Float[Tensor, "batch head count"]:
+        """Nothing seen yet; sums are kept in float64."""
+        shape = (layout.batch, layout.heads, len(COUNTS))
+        return torch.zeros(shape, dtype=torch.float64, device=layout.device)
+
+    def update(self, state: Float[Tensor, "batch head count"], block: Block) -> None:
+        """Decide every query of the block, from its weights and from the moments of its scores."""
+        counted = self._with_far_keys(block)
+        if block.real is not None:
+            counted = counted & block.real
+        if not counted.any():
+            return
+        far = self._far(block)[:, None]
+        if block.visible is not None:
+            far = far & block.visible
+        mass = block.pattern.masked_fill(~far, 0).sum(-1)
+        estimate = estimated_mass(block, far)
+        local, called = mass <= 1 - self.tau, estimate <= 1 - self.tau
+        found = (torch.ones_like(local), local, called, local & called, mass, estimate)
+        for column, values in enumerate(found):
+            state[:, block.heads, column] += (values * counted[:, None].double()).sum(-1)
+
+    def finish(self, state: Float[Tensor, "batch head count"]) -> Float[Tensor, "batch head count"]:
+        """The counts."""
+        return state
+
+    def _far(self, block: Block) -> Bool[Tensor, "batch row key"]:
+        """The far keys of each row among those of the block."""
+        layout, t = block.layout, block.positions[:, None]
+        keys = torch.arange(block.keys.start, block.keys.stop, device=layout.device)
+        far = keys <= t - self.window
+        if not layout.site.causal:
+            far |= keys >= t + self.window
+        far = far & (keys >= (layout.first_key() + self.first)[:, None, None])
+        real = layout.key_tokens.real
+        return far if real is None else far & real[:, None, block.keys]
+
+    def _with_far_keys(self, block: Block) -> Bool[Tensor, "batch row"]:
+        """Rows that have a far key, whether they see it or not."""
+        layout, t = block.layout, block.positions
+        real = layout.key_tokens.real
+        if real is None:
+            real = torch.ones(layout.batch, layout.keys, dtype=torch.bool, device=layout.device)
+        before = torch.nn.functional.pad(real.long().cumsum(-1), (1, 0))
+        start = (layout.first_key() + self.first).clamp_max(layout.keys)[:, None]
+
+        def between(low: Tensor, stop: Tensor) -> Tensor:
+            stop = stop.clamp(0, layout.keys).expand(layout.batch, -1)
+            return before.gather(1, stop) - before.gather(1, low.clamp(0, layout.keys))
+
+        found = between(start.expand(-1, len(t)), t - self.window + 1) > 0
+        if not layout.site.causal:
+            end = torch.full_like(t, layout.keys)
+            found |= between(torch.maximum(start, t + self.window), end) > 0
+        return found
+
+
+def estimated_mass(
+    block: Block, far: Bool[Tensor, "batch #head row key"]
+) -> Float[Tensor, "batch head row"]:
+    """Weight on the far keys by the estimate of their sum, the rest of the row as it is."""
+    scores = block.scores.to(block.pattern.dtype)
+    count = far.sum(-1)
+    mean = scores.masked_fill(~far, 0).sum(-1) / count.clamp_min(1)
+    spread = (scores - mean[..., None]).masked_fill_(~far, 0)
+    variance = torch.linalg.vecdot(spread, spread) / count.clamp_min(1)
+    near = scores.masked_fill(far, -torch.inf).logsumexp(-1)
+    if block.source.sinks is not None:
+        near = torch.logaddexp(near, block.source.sinks[:, None].to(near.dtype))
+    return torch.sigmoid(estimated_log_sum(count, mean, variance) - near)
+
+
+def _refuse(measured: Statistics, window: int, first: int) -> None:
+    longest = max(measured.lengths, default=0)
+    raise InputError(
+        f"No query has a key beyond the {first} first and its {window} latest: the longest text "
+        f"has {longest} tokens. Give texts of more than {first + window}, or a smaller window."
+    )
+
+
+def _notes(measured: Statistics, queries: Float[Tensor, "prompt head"]) -> tuple[str, ...]:
+    notes: list[str] = []
+    short = int((queries.sum(1) == 0).sum())
+    if short:
+        notes.append(f"{short} of {len(queries)} texts are too short to have a query that counts.")
+    if len(queries) - short < 2:
+        notes.append("One text gives no interval over texts; give several.")
+    if any(site.sinks for site in measured.anatomy.sites):
+        notes.append("Learned sinks take a share of each row, which counts as near.")
+    return tuple(notes)
