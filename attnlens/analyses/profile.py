@@ -6,8 +6,14 @@ Clark et al. 2019, What does BERT look at?
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from attnlens.analyses.per_head import (
     HeadTable,
@@ -15,10 +21,11 @@ from attnlens.analyses.per_head import (
     heads_of,
     over_tokens,
     side_by_side,
-    table_of,
     within_sequence,
 )
-from attnlens.anatomy import HeadSpec
+from attnlens.analyses.running import Method, RunningMean, method_note
+from attnlens.analyses.streaming import Counted, Progress, Reading, Texts, Window, fold, heads_named
+from attnlens.anatomy import Head, HeadSpec
 from attnlens.hooks.reducers import (
     Entropy,
     FirstTokenMass,
@@ -28,7 +35,7 @@ from attnlens.hooks.reducers import (
     TokenMass,
 )
 from attnlens.hooks.tokens import Layout
-from attnlens.lens import Inputs, Lens
+from attnlens.lens import Lens, Statistics
 
 
 @dataclass(frozen=True)
@@ -45,61 +52,156 @@ class Profile(HeadTable):
     """Number of texts."""
     special: tuple[str, ...]
     """Special tokens that the texts hold."""
+    method: Method
+    """How the intervals were made; "poisson bootstrap" where the texts are many."""
     notes: tuple[str, ...]
 
 
 def profile(
     lens: Lens,
-    texts: Inputs,
+    texts: Texts,
     layers: HeadSpec | None = None,
     batch_size: int = 8,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    *,
+    max_tokens: int | None = None,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Profile:
     """Profile every head over texts: each number is a mean over a text's rows, then over texts.
 
     Offsets are 0, 1 and 2 back in causal models, and -1, 0 and 1 where heads see both sides.
+
+    `texts` may be an iterator of any length (`al.open_texts`): memory does not grow with it. A text
+    over the model's context is refused, or cut to its first `max_tokens` tokens. Where a `state`
+    file is named, what was counted is saved there, and a later call with the same texts goes on
+    from it to the very numbers that one call would have given. `progress(done, total)` is called
+    after every batch; `total` is None where it is not known.
+
+    Raises:
+        InputError: no text, an empty one, one over the context; a state of other texts, another
+            model or other settings.
+        FileError: a state that is damaged or cannot be written.
+
     """
-    special, punctuation = _kinds_of_token(lens, texts)
-    offsets = _offsets(lens)
-    reducers: list[Reducer] = [
-        Entropy(),
-        FirstTokenMass(),
-        Where(MeanDistance(), within_sequence),
-        *(Where(OffsetMass((o,), f"back_{o}"), _at_offset(o)) for o in offsets),
-    ]
-    kinds = [
-        Where(TokenMass(ids, name), over_tokens)
-        for name, ids in _sets_of_tokens(special, punctuation).items()
-    ]
-    measured = lens.measure(texts, [*reducers, *kinds], layers, batch_size)
-    values = {
-        "entropy": side_by_side(measured, "entropy"),
-        "distance": side_by_side(measured, "distance"),
-        **{f"offset_{o}": side_by_side(measured, f"back_{o}")[..., 0] for o in offsets},
-        "first_token": side_by_side(measured, "first_token"),
-    }
-    values |= {reducer.name: side_by_side(measured, reducer.name) for reducer in kinds}
-    names, interval = table_of(values, resamples, confidence, seed)
-    prompts = len(measured.lengths)
+    tally = _Tally(lens, RunningMean(resamples, confidence, seed))
+    counted = fold(lens, texts, tally, layers, Reading(batch_size, max_tokens, state, progress))
     return Profile(
-        heads_of(measured),
-        names,
-        *interval,
-        prompts=prompts,
-        special=tuple(special.values()),
-        notes=_notes(prompts, lens),
+        tally.heads,
+        tuple(tally.names),
+        *tally.mean.interval(),
+        prompts=counted.prompts,
+        special=tuple(tally.special.values()),
+        method=tally.mean.method,
+        notes=_notes(counted, lens, tally.mean, max_tokens),
     )
 
 
-def _notes(prompts: int, lens: Lens) -> tuple[str, ...]:
+class _Tally:
+    """Values of every head and number, text by text."""
+
+    name = "profile"
+
+    def __init__(self, lens: Lens, mean: RunningMean) -> None:
+        self.mean = mean
+        self.names: list[str] = []
+        self.heads: tuple[Head, ...] = ()
+        self.special: dict[int, str] = {}
+        """Special tokens that were met, by id."""
+        self._lens = lens
+        self._offsets = _offsets(lens)
+        self._is_mark: dict[int, bool] = {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What has to be the same to go on."""
+        mean = self.mean
+        return {"resamples": mean.resamples, "confidence": mean.confidence, "seed": mean.seed}
+
+    def begin(self, window: Window) -> Sequence[Reducer]:
+        """The statistics of a window, for the special tokens and punctuation that it holds."""
+        ids = sorted({token for row in window.ids for token in row})
+        before = tuple(self.special.values())
+        marks = self._learn(ids)
+        sets = _sets_of_tokens(self.special, marks)
+        self._widen(sets, before)
+        found = {name: own for name, own in sets.items() if own & set(ids) or name == "punctuation"}
+        return [
+            Entropy(),
+            FirstTokenMass(),
+            Where(MeanDistance(), within_sequence),
+            *(Where(OffsetMass((o,), f"back_{o}"), _at_offset(o)) for o in self._offsets),
+            *(Where(TokenMass(own, name), over_tokens) for name, own in found.items()),
+        ]
+
+    def add(self, measured: Statistics, prompts: Int[Tensor, " prompt"]) -> None:
+        """Add the values of one batch."""
+        self.heads = heads_of(measured)
+        values: list[Tensor] = []
+        for name in self.names:
+            if name.startswith("offset_"):
+                own = side_by_side(measured, f"back_{name.removeprefix('offset_')}")[..., 0]
+            elif name in measured.values:
+                own = side_by_side(measured, name)
+            else:  # a special token that no text of the window holds
+                own = side_by_side(measured, "punctuation") * 0
+            values.append(own)
+        self.mean.add(torch.stack(values, -1), prompts)
+
+    def _learn(self, ids: Sequence[int]) -> frozenset[int] | None:
+        """Note the special tokens; of the others the punctuation, None without a tokenizer."""
+        if self._lens.tokenizer is None:
+            return None
+        new = [token for token in ids if token not in self._is_mark]
+        for token, text in zip(new, self._lens.token_texts(new), strict=True):
+            special = token in self._lens.special_ids
+            self._is_mark[token] = not special and is_punctuation(text)
+            if special:
+                self.special[token] = text
+        self.special = dict(sorted(self.special.items()))
+        return frozenset(token for token in ids if self._is_mark[token])
+
+    def _widen(self, sets: Mapping[str, frozenset[int]], before: tuple[str, ...]) -> None:
+        """Room for special tokens that were not met before: their weight was 0 until now.
+
+        An only special token had no number of its own, which was that of all of them.
+        """
+        base = ["entropy", "distance", *(f"offset_{o}" for o in self._offsets), "first_token"]
+        wanted = [*base, *sets]
+        if not self.names:
+            self.names = wanted
+        for place, name in enumerate(wanted):
+            if name not in self.names:
+                copied = len(before) == 1 and name == f"special_{before[0]}"
+                like = self.names.index("special" if copied else "punctuation")
+                self.mean.insert(place, like, float(copied))
+                self.names.insert(place, name)
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is kept."""
+        heads = [str(head) for head in self.heads]
+        special = [[token, text] for token, text in self.special.items()]
+        return self.mean.tensors(), {"names": self.names, "heads": heads, "special": special}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what was saved."""
+        self.mean.restore(tensors)
+        self.names = list(values["names"])
+        self.heads = heads_named(self._lens, values["heads"])
+        self.special = dict(values["special"])
+
+
+def _notes(
+    counted: Counted, lens: Lens, mean: RunningMean, max_tokens: int | None
+) -> tuple[str, ...]:
     notes: list[str] = []
-    if prompts < 2:
+    if counted.prompts < 2:
         notes.append("One text gives no interval over texts; give several.")
     if any(site.sinks for site in lens.anatomy.sites):
         notes.append("Learned sinks take a share of each row: its weights sum to less than 1.")
-    return tuple(notes)
+    return (*notes, *counted.notes(max_tokens), *method_note(mean))
 
 
 def _offsets(lens: Lens) -> tuple[int, ...]:
@@ -123,21 +225,6 @@ def _sets_of_tokens(
     if len(special) > 1:
         sets |= {f"special_{text}": frozenset([i]) for i, text in special.items()}
     return sets if punctuation is None else sets | {"punctuation": punctuation}
-
-
-def _kinds_of_token(lens: Lens, texts: Inputs) -> tuple[dict[int, str], frozenset[int] | None]:
-    """Of the ids in the texts the special ones with their text, and those that are punctuation.
-
-    Without a tokenizer nobody knows what is punctuation: None.
-    """
-    ids = lens.encode(texts).ids
-    found: list[int] = [] if ids is None else ids.unique().tolist()
-    words = dict(zip(found, lens.token_texts(found), strict=True))
-    special = {i: text for i, text in words.items() if i in lens.special_ids}
-    if lens.tokenizer is None:
-        return special, None
-    marks = (i for i, text in words.items() if i not in special and is_punctuation(text))
-    return special, frozenset(marks)
 
 
 def is_punctuation(text: str) -> bool:

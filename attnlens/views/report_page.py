@@ -145,9 +145,9 @@ def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
         found.append([*place, _cell(sink.share)])
     if found:
         page.prose(
-            f"{len(sinks.calibration)} keys get far more than an even share of a head's attention "
+            f"{sinks.calibration_total} keys get far more than an even share of a head's attention "
             "in one text (over 5 / length)"
-            + (f"; the strongest {len(found)}:" if len(found) == MOST_SINKS else ":")
+            + (f"; the strongest {len(found)}:" if len(found) < sinks.calibration_total else ":")
         )
         page.table(("head", "text", "position", "token", "share"), found)
     for note in sinks.notes:
