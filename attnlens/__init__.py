@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
+    from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
     from attnlens.graphs.export import export_graph, load_graph
     from attnlens.graphs.flow import rollout_graph
     from attnlens.hooks.edits import Mean, Scale, Uniform, Zero
@@ -50,6 +51,7 @@ _HOMES = {
     "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
     "SinkSettings": "attnlens.analyses.sinks",
+    "SyntaxSettings": "attnlens.analyses.syntax",
     "TokenMass": "attnlens.hooks.reducers",
     "Uniform": "attnlens.hooks.edits",
     "Zero": "attnlens.hooks.edits",
@@ -68,6 +70,7 @@ _HOMES = {
     "rollout_graph": "attnlens.graphs.flow",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
+    "syntax_heads": "attnlens.analyses.syntax",
 }
 _ROOMS = frozenset({"analyses", "errors", "graphs", "tasks", "views", "zoo"})
 
@@ -85,6 +88,7 @@ __all__ = [
     "RolloutSettings",
     "Scale",
     "SinkSettings",
+    "SyntaxSettings",
     "TokenMass",
     "Uniform",
     "Zero",
@@ -107,6 +111,7 @@ __all__ = [
     "rollout_graph",
     "show",
     "sinks",
+    "syntax_heads",
     "tasks",
     "views",
     "zoo",
