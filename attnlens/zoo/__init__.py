@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlens.zoo.induction import induction_model
+    from attnlens.zoo.retrieval import retrieval_model
     from attnlens.zoo.trained import small_path
 
 _HOMES = {
     "induction_model": "attnlens.zoo.induction",
+    "retrieval_model": "attnlens.zoo.retrieval",
     "small_path": "attnlens.zoo.trained",
 }
 
-__all__ = ["induction_model", "small_path"]
+__all__ = ["induction_model", "retrieval_model", "small_path"]
 
 
 def __getattr__(name: str) -> Any:
