@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
     from attnlens.analyses.ablation import ablate, ablate_together
+    from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
+    from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
+    from attnlens.analyses.layer_similarity import layer_similarity
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
+    from attnlens.analyses.massive_qk import massive_qk
     from attnlens.analyses.profile import profile
+    from attnlens.analyses.ranks import head_ranks
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
         TokenMass,
     )
     from attnlens.lens import Lens, load
+    from attnlens.lens.sources import open_texts
     from attnlens.views import show
 
 __version__ = "0.1.0"
@@ -40,6 +46,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ArgMax": "attnlens.hooks.reducers",
     "ColumnMass": "attnlens.hooks.reducers",
+    "DocumentPrompt": "attnlens.analyses.basin",
     "DuplicateMass": "attnlens.hooks.reducers",
     "Entropy": "attnlens.hooks.reducers",
     "FirstTokenMass": "attnlens.hooks.reducers",
@@ -57,12 +64,19 @@ _HOMES = {
     "Zero": "attnlens.hooks.edits",
     "ablate": "attnlens.analyses.ablation",
     "ablate_together": "attnlens.analyses.ablation",
+    "attention_basin": "attnlens.analyses.basin",
     "export_graph": "attnlens.graphs.export",
+    "head_ranks": "attnlens.analyses.ranks",
+    "head_similarity": "attnlens.analyses.head_similarity",
     "head_types": "attnlens.analyses.head_types",
+    "layer_similarity": "attnlens.analyses.layer_similarity",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
     "long_context_heads": "attnlens.analyses.long_context",
     "massive_activations": "attnlens.analyses.massive_activations",
+    "massive_qk": "attnlens.analyses.massive_qk",
+    "open_texts": "attnlens.lens.sources",
+    "pack_documents": "attnlens.analyses.basin",
     "profile": "attnlens.analyses.profile",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
@@ -77,6 +91,7 @@ _ROOMS = frozenset({"analyses", "errors", "graphs", "tasks", "views", "zoo"})
 __all__ = [
     "ArgMax",
     "ColumnMass",
+    "DocumentPrompt",
     "DuplicateMass",
     "Entropy",
     "FirstTokenMass",
@@ -96,14 +111,21 @@ __all__ = [
     "ablate",
     "ablate_together",
     "analyses",
+    "attention_basin",
     "errors",
     "export_graph",
     "graphs",
+    "head_ranks",
+    "head_similarity",
     "head_types",
+    "layer_similarity",
     "load",
     "load_graph",
     "long_context_heads",
     "massive_activations",
+    "massive_qk",
+    "open_texts",
+    "pack_documents",
     "profile",
     "rhythm",
     "rollout",
