@@ -57,9 +57,11 @@ layers: setup ## import-linter: a room imports only rooms below it
 check-long: setup ## the tests that take minutes
 	@$(PYTEST) -m long
 
-bench: setup ## every benchmark, as tables
+bench: setup ## every benchmark, as tables, beside the peers
+	@$(PIP) -e '.[bench]'
 	@for script in benchmarks/[!_]*.py; do \
-	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	  name=$$(basename $$script .py); echo "== $$name"; \
+	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 docs: setup ## make docs/models.md anew
 	@$(BIN)/python -m scripts.models_table
