@@ -5,7 +5,8 @@ A program owns some keys and goes through the rows that see them. Sums over a ba
 side costs nothing. The floor on a GPU is in `triton_rows`.
 """
 
-# pyright: reportMissingParameterType=false
+# Types of Triton's language: see triton_scores.
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ from attnlens.kernels.triton_scores import (
     LOG2E,
     Spans,
     Tile,
+    batch_and_head,
     batch_stride,
+    kernel,
     load_tile,
+    stretch,
     tile_scores,
     whole_tiles,
 )
@@ -31,30 +35,25 @@ def column_sums(
     spans: Spans, lse: Float[Tensor, "batch head row"], tile: Tile | None = None
 ) -> Float[Tensor, "batch head key"]:
     """`sum_t A[t, s]` over the rows whose span holds s; a row with lse +inf adds nothing."""
-    batch, heads, rows, keys = spans.shape
+    batch, heads, _, keys = spans.shape
     tile = tile or spans.tile()
-    query, key = spans.query, spans.key
-    limits = row_limits(spans.first, spans.stop, keys, tile.keys)
-    found = torch.empty((batch, heads, keys), dtype=torch.float32, device=query.device)
-    with torch.cuda.device_of(query):
-        _column_kernel[(triton.cdiv(keys, tile.keys), batch * heads)](
-            query,
-            key,
-            lse.contiguous(),
+    limits = row_limits(spans.first, spans.stop, keys, tile.held)
+    found = torch.empty((batch, heads, keys), dtype=torch.float32, device=lse.device)
+    with torch.cuda.device_of(spans.query):
+        _column_kernel[(triton.cdiv(keys, tile.held), batch * heads)](
+            spans.query,
+            spans.key,
             spans.first,
             spans.stop,
+            lse.contiguous(),
             limits,
             found,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *(batch_stride(part) for part in (spans.first, spans.stop, limits)),
-            heads,
-            spans.group,
-            rows,
-            keys,
-            *spans.factors,
-            BLOCK_T=tile.rows,
-            BLOCK_S=tile.keys,
+            spans.strides,
+            batch_stride(limits),
+            spans.sizes,
+            spans.factors,
+            BLOCK_T=tile.moving,
+            BLOCK_S=tile.held,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **spans.widths,
@@ -86,30 +85,19 @@ def row_limits(
     return torch.stack(limits, -1).int()
 
 
-@triton.jit
+@kernel
 def _column_kernel(
     query,
     key,
-    lse,
     firsts,
     stops,
+    lse,
     limits,
     sums,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_group,
-    k_key,
-    first_batch,
-    stop_batch,
-    limit_batch,
-    heads,
-    group,
-    rows,
-    keys,
-    scale,
-    cap,
+    strides,
+    limit_stride,
+    sizes,
+    factors,
     CAP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,39 +105,31 @@ def _column_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    heads, group, rows, keys = sizes
+    b, h, pair = batch_and_head(heads)
     block = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    b = pair // heads
-    h = pair % heads
     s = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    k_base = key + b * strides[1][0] + (h // group) * strides[1][1]
     # Keys and rows beyond the end are the last one again, so that loads need no mask.
-    at = tl.minimum(s, keys - 1)
-    k = load_tile(key + b * k_batch + (h // group) * k_group, at, k_key, WIDTH, BLOCK_D)
-    q_base = query + b * q_batch + h * q_head
-    limit = limits + b * limit_batch + block * 4
+    k = load_tile(k_base, tl.minimum(s, keys - 1), strides[1][2], WIDTH, BLOCK_D)
+    q_base = query + b * strides[0][0] + h * strides[0][1]
+    limit = limits + b * limit_stride + block * 4
     begin = tl.load(limit)
     end = tl.load(limit + 1)
     whole_high = tl.minimum(tl.load(limit + 3), end)
     whole_from, whole_to = whole_tiles(begin, tl.load(limit + 2), whole_high, BLOCK_T)
     total = tl.zeros([BLOCK_S], tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            low, high = begin, tl.minimum(whole_from, end)
-        elif part == 1:
-            low, high = whole_from, whole_to
-        else:
-            low, high = whole_to, end
+        low, high = stretch(part, begin, whole_from, whole_to, end)
         for start in tl.range(low, high, BLOCK_T):
             asked = start + tl.arange(0, BLOCK_T)
-            t = asked
-            if part != 1:
-                t = tl.minimum(asked, rows - 1)
-            q = load_tile(q_base, t, q_row, WIDTH, BLOCK_D)
+            t = tl.minimum(asked, rows - 1)
+            q = load_tile(q_base, t, strides[0][2], WIDTH, BLOCK_D)
             log_total = tl.load(lse + pair * rows + t) * LOG2E
-            x = tile_scores(k, q, scale, cap, CAP, UPCAST) - log_total[None, :]
+            x = tile_scores(k, q, factors, CAP, UPCAST) - log_total[None, :]
             if part != 1:
-                first = tl.load(firsts + b * first_batch + t)
-                stop = tl.load(stops + b * stop_batch + t)
+                first = tl.load(firsts + b * strides[2][0] + t)
+                stop = tl.load(stops + b * strides[2][1] + t)
                 seen = (s[:, None] >= first[None, :]) & (s[:, None] < stop[None, :])
                 x = tl.where(seen & (asked < end)[None, :], x, -1e38)
             total += tl.sum(tl.exp2(x), 1)

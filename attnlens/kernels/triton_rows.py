@@ -29,7 +29,8 @@ together cannot add less than 9 (1.4 x), the row kernel alone 4.4 to 6 (1.2 to 1
 counts, not measurements.
 """
 
-# pyright: reportMissingParameterType=false
+# Types of Triton's language: see triton_scores.
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -46,8 +47,11 @@ from attnlens.kernels.triton_scores import (
     LOG2E,
     Spans,
     Tile,
+    batch_and_head,
     batch_stride,
+    kernel,
     load_tile,
+    stretch,
     tile_scores,
     whole_tiles,
 )
@@ -87,27 +91,27 @@ def row_statistics(
     """
     batch, heads, rows, _ = spans.shape
     tile = tile or spans.tile()
-    query, key = spans.query, spans.key
 
-    def room(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((batch, heads, rows if wanted else 0), dtype=dtype, device=query.device)
+    near = None if positions is None else positions.int().contiguous()
+
+    def room(dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((batch, heads, rows), dtype=dtype, device=spans.query.device)
 
     found = RowStatistics(
-        lse=room(True),
-        row_sums=room(True),
-        peak=room(True),
-        entropy=room(entropy),
-        distance=room(positions is not None),
-        largest=room(largest, torch.int32),
+        lse=room(),
+        row_sums=room(),
+        peak=room(),
+        entropy=room() if entropy else None,
+        distance=None if near is None else room(),
+        largest=room(torch.int32) if largest else None,
     )
-    near = spans.first if positions is None else positions.int().contiguous()
-    with torch.cuda.device_of(query):
-        _row_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
-            query,
-            key,
-            found.lse if sinks is None else sinks.float().contiguous(),
+    with torch.cuda.device_of(spans.query):
+        _row_kernel[(triton.cdiv(rows, tile.held), batch * heads)](
+            spans.query,
+            spans.key,
             spans.first,
             spans.stop,
+            None if sinks is None else sinks.float().contiguous(),
             near,
             found.lse,
             found.row_sums,
@@ -115,32 +119,17 @@ def row_statistics(
             found.entropy,
             found.distance,
             found.largest,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *(batch_stride(part) for part in (spans.first, spans.stop, near)),
-            heads,
-            spans.group,
-            rows,
-            spans.shape[3],
-            *spans.factors,
-            SINKS=sinks is not None,
-            ENTROPY=entropy,
-            DISTANCE=positions is not None,
-            LARGEST=largest,
-            BLOCK_T=tile.rows,
-            BLOCK_S=tile.keys,
+            spans.strides,
+            0 if near is None else batch_stride(near),
+            spans.sizes,
+            spans.factors,
+            BLOCK_T=tile.held,
+            BLOCK_S=tile.moving,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **spans.widths,
         )
-    return RowStatistics(
-        found.lse,
-        found.row_sums,
-        found.peak,
-        found.entropy if entropy else None,
-        found.distance if positions is not None else None,
-        found.largest if largest else None,
-    )
+    return found
 
 
 @torch.no_grad()
@@ -151,30 +140,25 @@ def mass(
     tile: Tile | None = None,
 ) -> Float[Tensor, "batch head row"]:
     """`sum_s A[t, s] values[s]` over the keys of `spans`, given the lse over all keys."""
-    batch, heads, rows, keys = spans.shape
+    batch, heads, rows, _ = spans.shape
     tile = tile or spans.tile()
-    query, key = spans.query, spans.key
     values = values.float().contiguous()
     found = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(query):
-        _mass_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
-            query,
-            key,
-            lse.contiguous(),
-            values,
+    with torch.cuda.device_of(spans.query):
+        _mass_kernel[(triton.cdiv(rows, tile.held), batch * heads)](
+            spans.query,
+            spans.key,
             spans.first,
             spans.stop,
+            lse.contiguous(),
+            values,
             found,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *(batch_stride(part) for part in (spans.first, spans.stop, values)),
-            heads,
-            spans.group,
-            rows,
-            keys,
-            *spans.factors,
-            BLOCK_T=tile.rows,
-            BLOCK_S=tile.keys,
+            spans.strides,
+            batch_stride(values),
+            spans.sizes,
+            spans.factors,
+            BLOCK_T=tile.held,
+            BLOCK_S=tile.moving,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **spans.widths,
@@ -182,13 +166,13 @@ def mass(
     return found
 
 
-@triton.jit
+@kernel
 def _row_kernel(
     query,
     key,
-    sinks,
     firsts,
     stops,
+    sinks,
     nears,
     lse,
     row_sums,
@@ -196,145 +180,163 @@ def _row_kernel(
     entropies,
     distances,
     largests,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_group,
-    k_key,
-    first_batch,
-    stop_batch,
-    near_batch,
-    heads,
-    group,
-    rows,
-    keys,
-    scale,
-    cap,
+    strides,
+    near_stride,
+    sizes,
+    factors,
     CAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    DISTANCE: tl.constexpr,
-    LARGEST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    # The last rows first: of a causal map they have the most to do.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    b = pair // heads
-    h = pair % heads
-    asked = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    # Rows and keys beyond the end are the last one again, so that loads need no mask.
-    t = tl.minimum(asked, rows - 1)
-    first = tl.load(firsts + b * first_batch + t)
-    stop = tl.load(stops + b * stop_batch + t)
-    q = load_tile(query + b * q_batch + h * q_head, t, q_row, WIDTH, BLOCK_D)
-    k_base = key + b * k_batch + (h // group) * k_group
-    if DISTANCE:
-        near = tl.load(nears + b * near_batch + t)
-
+    heads, group, rows, keys = sizes
+    b, h, pair = batch_and_head(heads)
+    asked, t, first, stop, q = _own_rows(
+        query, firsts, stops, b, h, strides, rows, WIDTH, BLOCK_D, BLOCK_T
+    )
+    k_base = key + b * strides[1][0] + (h // group) * strides[1][1]
+    near = t
+    if nears is not None:
+        near = tl.load(nears + b * near_stride + t)
     # Finite, far below any score and far above a hidden one: no infinity meets another.
     m = tl.full([BLOCK_T], -1e37, tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     spread = tl.zeros([BLOCK_T], tl.float32)
     far = tl.zeros([BLOCK_T], tl.float32)
     largest = tl.zeros([BLOCK_T], tl.int32)
-
     begin = tl.min(first)
     end = tl.max(stop)
     whole_from, whole_to = whole_tiles(begin, tl.max(first), tl.min(stop), BLOCK_S)
     for part in tl.static_range(3):
-        if part == 0:
-            low, high = begin, tl.minimum(whole_from, end)
-        elif part == 1:
-            low, high = whole_from, whole_to
-        else:
-            low, high = whole_to, end
+        low, high = stretch(part, begin, whole_from, whole_to, end)
         for start in tl.range(low, high, BLOCK_S):
             s = start + tl.arange(0, BLOCK_S)
-            at = s
-            if part != 1:
-                at = tl.minimum(s, keys - 1)
-            k = load_tile(k_base, at, k_key, WIDTH, BLOCK_D)
-            x = tile_scores(q, k, scale, cap, CAP, UPCAST)
+            k = load_tile(k_base, tl.minimum(s, keys - 1), strides[1][2], WIDTH, BLOCK_D)
+            x = tile_scores(q, k, factors, CAP, UPCAST)
             if part != 1:
                 seen = (s[None, :] >= first[:, None]) & (s[None, :] < stop[:, None])
                 x = tl.where(seen, x, -1e38)
-            top = tl.max(x, 1)
-            new = tl.maximum(m, top)
-            shrink = tl.exp2(m - new)
-            y = x - new[:, None]
-            p = tl.exp2(y)
-            if ENTROPY:
-                spread = (spread + total * (m - new)) * shrink + tl.sum(p * y, 1)
-            if DISTANCE:
-                back = tl.abs(near[:, None] - s[None, :]).to(tl.float32)
-                far = far * shrink + tl.sum(p * back, 1)
-            if LARGEST:
-                found = tl.min(tl.where(x == top[:, None], s[None, :], 2147483647), 1)
-                largest = tl.where(top > m, found, largest)
-            total = total * shrink + tl.sum(p, 1)
-            m = new
-
-    whole = total
-    if SINKS:
-        sink = tl.load(sinks + h) * LOG2E
-        new = tl.maximum(m, sink)
-        shrink = tl.exp2(m - new)
-        spread = (spread + total * (m - new)) * shrink
-        far = far * shrink
-        total = total * shrink
-        peak = shrink
-        whole = total + tl.exp2(sink - new)
-        m = new
-    else:
-        peak = tl.full([BLOCK_T], 1.0, tl.float32)
-    blind = total == 0.0
-    whole = tl.where(whole == 0.0, 1.0, whole)
+            m, total, spread, far, largest = _take_in(
+                m,
+                total,
+                spread,
+                far,
+                largest,
+                x,
+                tl.max(x, 1),
+                s,
+                near,
+                entropies,
+                distances,
+                largests,
+            )
+    m, shrink, total, spread, whole = _with_sink(sinks, h, m, total, spread)
     log_whole = tl.log2(whole)
-
     out = pair * rows + asked
     inside = asked < rows
+    blind = total == 0.0
     tl.store(lse + out, tl.where(blind, float("inf"), (m + log_whole) * LN2), mask=inside)
     tl.store(row_sums + out, total / whole, mask=inside)
-    tl.store(peaks + out, tl.where(blind, 0.0, peak / whole), mask=inside)
-    if ENTROPY:
+    tl.store(peaks + out, tl.where(blind, 0.0, shrink / whole), mask=inside)
+    if entropies is not None:
         nats = (total * log_whole - spread) / whole * LN2
         tl.store(entropies + out, tl.maximum(nats, 0.0), mask=inside)
-    if DISTANCE:
-        tl.store(distances + out, far / whole, mask=inside)
-    if LARGEST:
+    if distances is not None:
+        tl.store(distances + out, far * shrink / whole, mask=inside)
+    if largests is not None:
         tl.store(largests + out, largest, mask=inside)
 
 
 @triton.jit
+def _own_rows(
+    query,
+    firsts,
+    stops,
+    b,
+    h,
+    strides,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The rows of a program: asked for, loaded, their spans, their q."""
+    # The last rows first: of a causal map they have the most to do.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    asked = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Rows and keys beyond the end are the last one again, so that loads need no mask.
+    t = tl.minimum(asked, rows - 1)
+    first = tl.load(firsts + b * strides[2][0] + t)
+    stop = tl.load(stops + b * strides[2][1] + t)
+    base = query + b * strides[0][0] + h * strides[0][1]
+    return asked, t, first, stop, load_tile(base, t, strides[0][2], WIDTH, BLOCK_D)
+
+
+@triton.jit
+def _take_in(
+    m,
+    total,
+    spread,
+    far,
+    largest,
+    x,
+    top,
+    s,
+    near,
+    entropies,
+    distances,
+    largests,
+):
+    """The running sums with one more tile of scores; `top` is the largest score of each row.
+
+    The pointers only say which sums are wanted: None where one is not.
+    """
+    new = tl.maximum(m, top)
+    shrink = tl.exp2(m - new)
+    y = x - new[:, None]
+    p = tl.exp2(y)
+    if entropies is not None:
+        spread = (spread + total * (m - new)) * shrink + tl.sum(p * y, 1)
+    if distances is not None:
+        back = tl.abs(near[:, None] - s[None, :]).to(tl.float32)
+        far = far * shrink + tl.sum(p * back, 1)
+    if largests is not None:
+        found = tl.min(tl.where(x == top[:, None], s[None, :], 2147483647), 1)
+        largest = tl.where(top > m, found, largest)
+    return new, total * shrink + tl.sum(p, 1), spread, far, largest
+
+
+@triton.jit
+def _with_sink(sinks, h, m, total, spread):
+    """The sums with a learned sink as one more column, and the sum that weights are shares of."""
+    shrink = tl.full(m.shape, 1.0, tl.float32)
+    whole = total
+    if sinks is not None:
+        sink = tl.load(sinks + h) * LOG2E
+        new = tl.maximum(m, sink)
+        shrink = tl.exp2(m - new)
+        spread = (spread + total * (m - new)) * shrink
+        total = total * shrink
+        whole = total + tl.exp2(sink - new)
+        m = new
+    return m, shrink, total, spread, tl.where(whole == 0.0, 1.0, whole)
+
+
+@kernel
 def _mass_kernel(
     query,
     key,
-    lse,
-    values,
     firsts,
     stops,
+    lse,
+    values,
     masses,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_group,
-    k_key,
-    first_batch,
-    stop_batch,
-    value_batch,
-    heads,
-    group,
-    rows,
-    keys,
-    scale,
-    cap,
+    strides,
+    value_stride,
+    sizes,
+    factors,
     CAP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -342,25 +344,21 @@ def _mass_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
-    b = pair // heads
-    h = pair % heads
-    asked = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    t = tl.minimum(asked, rows - 1)
-    first = tl.load(firsts + b * first_batch + t)
-    stop = tl.load(stops + b * stop_batch + t)
+    heads, group, rows, keys = sizes
+    b, h, pair = batch_and_head(heads)
+    asked, t, first, stop, q = _own_rows(
+        query, firsts, stops, b, h, strides, rows, WIDTH, BLOCK_D, BLOCK_T
+    )
+    k_base = key + b * strides[1][0] + (h // group) * strides[1][1]
     log_total = tl.load(lse + pair * rows + t) * LOG2E
-    q = load_tile(query + b * q_batch + h * q_head, t, q_row, WIDTH, BLOCK_D)
-    k_base = key + b * k_batch + (h // group) * k_group
     found = tl.zeros([BLOCK_T], tl.float32)
     for start in tl.range(tl.min(first), tl.max(stop), BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         at = tl.minimum(s, keys - 1)
-        k = load_tile(k_base, at, k_key, WIDTH, BLOCK_D)
-        value = tl.load(values + b * value_batch + at)
-        x = tile_scores(q, k, scale, cap, CAP, UPCAST)
+        k = load_tile(k_base, at, strides[1][2], WIDTH, BLOCK_D)
+        value = tl.load(values + b * value_stride + at)
+        x = tile_scores(q, k, factors, CAP, UPCAST) - log_total[:, None]
         seen = (s[None, :] >= first[:, None]) & (s[None, :] < stop[:, None])
-        p = tl.exp2(tl.where(seen, x - log_total[:, None], -1e38))
+        p = tl.exp2(tl.where(seen, x, -1e38))
         found += tl.sum(p * value[None, :], 1)
     tl.store(masses + pair * rows + asked, found, mask=asked < rows)
