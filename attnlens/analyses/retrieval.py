@@ -161,6 +161,8 @@ def retrieval_heads(
 
     """
     settings = settings or RetrievalSettings()
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: a batch has 1 prompt at least.")
     places = _lengths(lens, settings.steps) if lengths is None else tuple(lengths)
     hidden = _prompts(lens, needles, places, tuple(depths), prompts, settings.seed)
     found: dict[int, tuple[Run, Tensor]] = {}
