@@ -23,6 +23,12 @@ _FAMILIES = {
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
     "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
     "attnlens.analyses.ablation.Ablation": "attnlens.views.ranking",
+    "attnlens.analyses.head_similarity.HeadSimilarity": "attnlens.views.similarity",
+    "attnlens.analyses.layer_similarity.LayerSimilarity": "attnlens.views.similarity",
+    "attnlens.analyses.ranks.HeadRanks": "attnlens.views.similarity",
+    "attnlens.analyses.rhythm.Rhythm": "attnlens.views.context",
+    "attnlens.analyses.long_context.LongContextHeads": "attnlens.views.context",
+    "attnlens.analyses.basin.AttentionBasin": "attnlens.views.context",
 }
 
 
