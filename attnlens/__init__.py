@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
     from attnlens.analyses.ablation import ablate, ablate_together
+    from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
@@ -55,6 +56,7 @@ _HOMES = {
     "Mean": "attnlens.hooks.edits",
     "MeanDistance": "attnlens.hooks.reducers",
     "OffsetMass": "attnlens.hooks.reducers",
+    "ProbeSettings": "attnlens.analyses.attention_probe",
     "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
     "SinkSettings": "attnlens.analyses.sinks",
@@ -65,6 +67,7 @@ _HOMES = {
     "ablate": "attnlens.analyses.ablation",
     "ablate_together": "attnlens.analyses.ablation",
     "attention_basin": "attnlens.analyses.basin",
+    "attention_probe": "attnlens.analyses.attention_probe",
     "export_graph": "attnlens.graphs.export",
     "head_ranks": "attnlens.analyses.ranks",
     "head_similarity": "attnlens.analyses.head_similarity",
@@ -100,6 +103,7 @@ __all__ = [
     "Mean",
     "MeanDistance",
     "OffsetMass",
+    "ProbeSettings",
     "RolloutSettings",
     "Scale",
     "SinkSettings",
@@ -112,6 +116,7 @@ __all__ = [
     "ablate_together",
     "analyses",
     "attention_basin",
+    "attention_probe",
     "errors",
     "export_graph",
     "graphs",

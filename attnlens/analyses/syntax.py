@@ -23,6 +23,7 @@ from attnlens.analyses.words import (
     LargestWord,
     Progress,
     WordTokens,
+    arcs_of,
     measure_words,
     read_sentences,
 )
@@ -237,12 +238,8 @@ def _collect(
     sites: tuple[str, ...] = ()
     measured = measure_words(lens, tokens, reducer, settings.layers, settings.batch_size, progress)
     for number, found in measured:
-        own, missing = sentences[number], tokens[number].missing
-        arcs = [
-            (word, head)
-            for word, head in enumerate(own.heads)
-            if head >= 0 and not {word, head} & missing
-        ]
+        own = sentences[number]
+        arcs = arcs_of(own, tokens[number])
         if not arcs:
             continue
         sites = tuple(found)

@@ -111,6 +111,16 @@ def read_sentences(
     return [sentences[number] for number in kept], [read[number] for number in kept], tuple(notes)
 
 
+def arcs_of(sentence: Sentence, tokens: WordTokens) -> tuple[tuple[int, int], ...]:
+    """The (dependent, head) of each arc between words that have tokens."""
+    missing = tokens.missing
+    return tuple(
+        (word, head)
+        for word, head in enumerate(sentence.heads)
+        if head >= 0 and not {word, head} & missing
+    )
+
+
 def _owners(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """The word of each token; the space before a word is part of it, as it is in vocabularies."""
     owner = [n for n, word in enumerate(words) for _ in range(len(word) + (n > 0))]
@@ -181,7 +191,7 @@ def measure_words(
     order = sorted(range(len(sentences)), key=lambda number: len(sentences[number].ids))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        batch, words = _batch(lens, [sentences[number] for number in numbers])
+        batch, words = batch_of(lens, [sentences[number] for number in numbers])
         own = reducer(words)
         observer = Measure(text_sites(lens, batch, layers), [own], batch.sides)
         lens.observe(batch, observer)
@@ -214,7 +224,9 @@ def text_sites(lens: Lens, batch: Batch, layers: HeadSpec | None) -> tuple[Site,
     return sites
 
 
-def _batch(lens: Lens, sentences: Sequence[WordTokens]) -> tuple[Batch, Tensor]:
+def batch_of(
+    lens: Lens, sentences: Sequence[WordTokens]
+) -> tuple[Batch, Int[Tensor, "batch position"]]:
     """Sentences as a batch padded on the right, and the word of each token."""
     length = max(len(sentence.ids) for sentence in sentences)
     padding = getattr(lens.tokenizer, "pad_token_id", None) or 0

@@ -211,4 +211,4 @@ def test_objects_and_determiners_of_the_whole_treebank(
     shared_data: Path, split: bool, obj: tuple[float, float], det: tuple[float, float]
 ) -> None:
     found = on_treebank(shared_data, 1000, split=split)
-    check(found, {"obj": ("L2H0", *obj), "det": ("L2H8", *det)}, 0.03 if split else 0.001)
+    check(found, {"obj": ("L2H0", *obj), "det": ("L2H8", *det)}, 0.05 if split else 0.001)
