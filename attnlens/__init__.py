@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
     from attnlens.analyses.ablation import ablate, ablate_together
+    from attnlens.analyses.alignment import property_alignment
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.head_similarity import head_similarity
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
+    from attnlens.analyses.vision import visual_sinks
+    from attnlens.analyses.vision_heads import vision_aware_heads
     from attnlens.graphs.export import export_graph, load_graph
     from attnlens.graphs.flow import rollout_graph
     from attnlens.hooks.edits import Mean, Scale, Uniform, Zero
@@ -81,6 +84,7 @@ _HOMES = {
     "open_texts": "attnlens.lens.sources",
     "pack_documents": "attnlens.analyses.basin",
     "profile": "attnlens.analyses.profile",
+    "property_alignment": "attnlens.analyses.alignment",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
@@ -88,6 +92,8 @@ _HOMES = {
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
     "syntax_heads": "attnlens.analyses.syntax",
+    "vision_aware_heads": "attnlens.analyses.vision_heads",
+    "visual_sinks": "attnlens.analyses.vision",
 }
 _ROOMS = frozenset({"analyses", "errors", "graphs", "tasks", "views", "zoo"})
 
@@ -132,6 +138,7 @@ __all__ = [
     "open_texts",
     "pack_documents",
     "profile",
+    "property_alignment",
     "rhythm",
     "rollout",
     "rollout_from",
@@ -141,6 +148,8 @@ __all__ = [
     "syntax_heads",
     "tasks",
     "views",
+    "vision_aware_heads",
+    "visual_sinks",
     "zoo",
 ]
 
