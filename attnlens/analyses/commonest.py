@@ -16,9 +16,10 @@ class Commonest:
     """Counts of tokens by position, of at most `slots` different ones at each.
 
     Exact while no more than `slots` different tokens were met at a position. Beyond that a new
-    token takes the place and count of the rarest, which keeps every token of more than one in
-    `slots` texts (space saving; Metwally et al. 2005, Efficient computation of frequent and top-k
-    elements in data streams). Of equally common ones the first met is taken.
+    token takes the place and count of the rarest: every token of more than one in `slots` texts is
+    kept, and no count is too high by more than that (space saving; Metwally et al. 2005, Efficient
+    computation of frequent and top-k elements in data streams). Of equally common ones the first
+    met is taken.
     """
 
     def __init__(self, slots: int = SLOTS) -> None:

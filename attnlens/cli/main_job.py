@@ -149,10 +149,10 @@ def _read(
         )
         return None, None, types
     inputs = _inputs(lens, texts, left_out)
-    with steps(f"Profiling {len(lens.anatomy.heads)} heads"):
-        profiled = profile(lens, inputs)
-    with steps("Finding sinks"):
-        sunk = sinks(lens, inputs)
+    with steps(f"Profiling {len(lens.anatomy.heads)} heads") as advance:
+        profiled = profile(lens, inputs, progress=advance)
+    with steps("Finding sinks") as advance:
+        sunk = sinks(lens, inputs, progress=advance)
     return profiled, sunk, types
 
 

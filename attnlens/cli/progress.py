@@ -16,8 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-Advance = Callable[[int, int], None]
-"""Called with how much is done and of how much."""
+Advance = Callable[[int, int | None], None]
+"""Called with how much is done, and of how much where that is known."""
 
 
 Steps = Callable[[str], AbstractContextManager[Advance]]

@@ -1,12 +1,17 @@
+import random
+
 import pytest
 import torch
 from torch import Tensor
 
 import attnlens as al
+from attnlens.analyses.commonest import Commonest
 from attnlens.analyses.sinks import SinkSettings, sinks
 from attnlens.errors import InputError
 from attnlens.lens import Lens
 from tests.analyses.conftest import architecture, tiny_gpt2
+from tests.analyses.test_streaming import words_tokenizer
+from tests.architectures import ARCHITECTURES
 
 HARMONIC = [sum(1 / i for i in range(1, n + 1)) for n in range(13)]
 
@@ -136,3 +141,72 @@ def test_settings_out_of_range_are_refused() -> None:
         SinkSettings(rule="both")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="epsilon=0"):
         SinkSettings(epsilon=0.0)
+    with pytest.raises(InputError, match="most=0"):
+        SinkSettings(most=0)
+
+
+def test_a_planted_sink_draws_attention_wherever_it_stands_in_a_stream() -> None:
+    model = tiny_gpt2(sharp=0.0)
+    head, token, direction = 2, 7, 5
+    with torch.no_grad():  # as above, but head 2 gives all its weight to word 7
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight[:, direction] = 0
+        model.transformer.wte.weight[token, direction] = 50
+        attention = model.transformer.h[0].attn
+        attention.c_attn.bias[head * 8] = 20.0
+        attention.c_attn.weight[direction, 32 + head * 8] = 20.0
+    lens = al.load(model, tokenizer=words_tokenizer())
+    places = [1 + number % 8 for number in range(200)]
+    texts = (" ".join("w7" if k == place else "w9" for k in range(1, 10)) for place in places)
+    found = sinks(lens, texts, SinkSettings(layers="L0", most=25))
+    assert found.prompts == (200,) * 11
+    planted = torch.tensor([places.count(k) / 200 for k in range(11)]).double()
+    assert torch.equal(found.sink_rate[head, 1:9], planted[1:9])
+    once = [" ".join("w7" if k == place else "w9" for k in range(1, 10)) for place in range(1, 9)]
+    pattern = lens.run(once, keep="pattern", layers="L0").pattern.stack()[:, 0]  # 25 times each
+    assert torch.allclose(found.share, pattern.mean((0, 2)), atol=1e-6)
+    for place in range(1, 9):
+        assert pattern[place - 1, head, place:, place].min() > 0.999
+    # 11 - place rows of 11 have to be more than 5 / S = 5 / 11: the word at 1 to 5.
+    planted = (pattern.mean(2)[:, head, 1:] > 5 / 11).nonzero().tolist()
+    assert planted == [[place - 1, place - 1] for place in range(1, 6)]
+    assert found.calibration_total == 25 * int((pattern.mean(2) > 5 / 11).sum())
+    assert len(found.calibration) == 25
+    assert [s.prompt for s in found.calibration] == [8 * i for i in range(25)]  # the word at 1
+    assert {(s.token, s.position, str(s.head)) for s in found.calibration} == {("w7", 1, "L0H2")}
+    assert found.strongest[head] == 1
+    assert found.token_at(0) == "<s>"
+    assert [found.token_at(k) for k in (1, 5, 10)] == ["w9", "w9", "<e>"]
+
+
+def test_learned_sinks_are_reported_in_a_stream_and_nothing_renormalised() -> None:
+    lens = al.load(ARCHITECTURES["gpt_oss"].build().double(), tokenizer=words_tokenizer())
+    texts = [" ".join(["w7", "w8", ".", "w9"][: 1 + i % 4]) for i in range(30)]
+    found = sinks(lens, iter(texts), batch_size=2)
+    sums = torch.zeros(len(found.heads), dtype=torch.float64)
+    for text in texts:
+        pattern = lens.run(text, keep="pattern").pattern.stack().flatten(1, 2)[0]
+        sums += pattern.sum(-1).mean(-1) / len(texts)
+    assert torch.allclose(found.learned, 1 - sums, atol=1e-6)
+    assert sums.max() < 0.999
+    assert any("Learned sinks" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("slots", [4, 50])
+def test_the_commonest_token_of_a_position(slots: int) -> None:
+    rng = random.Random(0)
+    rows = [[rng.choice([5, 5, 5, 6, 7, 8, 9]) for _ in range(rng.randint(1, 6))]
+            for _ in range(400)]  # fmt: skip
+    counter = Commonest(slots)
+    for row in rows:
+        counter.add(row)
+    # In 3 of 7 texts, and the others are in 1 of 7 and counted too high by 1 in 4 at most.
+    assert counter.ids() == [5] * 6
+    assert sum(tensor.numel() for tensor in counter.tensors().values()) == 2 * 6 * slots
+    few = Commonest(slots)
+    for row in ([4, 1], [3, 2, 9], [3, 1]):
+        few.add(row)
+    assert few.ids() == [3, 1, 9]
+    few.add([4])
+    assert few.ids()[0] == 4  # of two that are as common the first met
+    assert Commonest().ids() == []
