@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlens.errors import InputError
@@ -48,36 +48,43 @@ class Reducer(Protocol):
 
 @dataclass
 class Mean:
-    """State of a mean over rows: a sum a head and the number of rows that counted."""
+    """State of a mean over rows: a value a head and row, and which rows count. O(rows) a head."""
 
     layout: Layout
-    total: Float[Tensor, "batch head"]
-    rows: Int[Tensor, "batch 1"]
-    """Rows that counted; the same for every head."""
+    values: Float[Tensor, "batch head query"] | None = None
+    counted: Bool[Tensor, "batch query"] | None = None
+    """None where all real rows count."""
 
     @classmethod
     def zero(cls, layout: Layout) -> Mean:
-        """Nothing seen yet; sums are kept in float64."""
-        total = torch.zeros(layout.batch, layout.heads, dtype=torch.float64, device=layout.device)
-        rows = torch.zeros(layout.batch, 1, dtype=torch.long, device=layout.device)
-        return cls(layout, total, rows)
+        """Nothing seen yet."""
+        return cls(layout)
 
     def add(
         self, block: Block, values: Float[Tensor, "batch head row"], counted: Tensor | None = None
     ) -> None:
-        """Add rows: the real ones, and of these the `counted` (`batch row`) where given."""
-        real = block.real
-        if counted is not None:
-            real = counted if real is None else real & counted
-        if real is not None:
-            values = values * real[:, None]
-        self.total[:, block.heads] += values.sum(-1)
-        if block.heads.start == 0:  # the heads after the first see the same rows again
-            self.rows += values.shape[-1] if real is None else real.sum(-1, keepdim=True)
+        """Note rows: the real ones count, and of these the `counted` (`batch row`) where given."""
+        layout = self.layout
+        if self.values is None:
+            self.values = values.new_zeros(layout.batch, layout.heads, layout.queries)
+        self.values[:, block.heads, block.rows] = values
+        if counted is not None and block.heads.start == 0:  # the other heads see the same rows
+            if self.counted is None:
+                shape = (layout.batch, layout.queries)
+                self.counted = torch.zeros(shape, dtype=torch.bool, device=layout.device)
+            self.counted[:, block.rows] = counted
 
     def value(self) -> Float[Tensor, "batch head"]:
-        """The mean; NaN for a prompt without a row that counted."""
-        return (self.total / self.rows).float()
+        """The mean, summed in float64; NaN for a prompt without a row that counts."""
+        assert self.values is not None
+        real = self.layout.query_tokens.real
+        counts = self.counted
+        if real is not None:
+            counts = real if counts is None else counts & real
+        if counts is None:
+            return self.values.double().mean(-1).float()
+        total = self.values.double().masked_fill(~counts[:, None], 0).sum(-1)
+        return (total / counts.sum(-1, keepdim=True)).float()
 
 
 class RowMean:
@@ -148,26 +155,30 @@ class OffsetMass:
         """One number an offset: `offset_1`, `offset_-1`."""
         return tuple(f"{self.name}_{offset}" for offset in self.offsets)
 
-    def start(self, layout: Layout) -> list[Mean]:
-        """An empty mean an offset."""
-        return [Mean.zero(layout) for _ in self.offsets]
-
-    def update(self, state: list[Mean], block: Block) -> None:
-        """Add one diagonal an offset."""
-        for mean, offset in zip(state, self.offsets, strict=True):
-            keys = block.partners - offset
-            exists = (keys >= 0) & (keys < mean.layout.keys)
-            real = mean.layout.key_tokens.real
+    def start(self, layout: Layout) -> list[tuple[Mean, Tensor, Tensor]]:
+        """For each offset an empty mean, the key of each row, and whether that key is there."""
+        rows = torch.arange(layout.queries, device=layout.device) + layout.offset
+        partners = rows + (layout.first_key() - layout.first_query())[:, None]
+        real = layout.key_tokens.real
+        found: list[tuple[Mean, Tensor, Tensor]] = []
+        for offset in self.offsets:
+            keys = partners - offset
+            exists = (keys >= 0) & (keys < layout.keys)
             if real is not None:
-                exists = exists & real.gather(
-                    1, keys.clamp(0, mean.layout.keys - 1).expand(len(real), -1)
-                )
-            exists = exists.expand(mean.layout.batch, -1)
-            mean.add(block, block.at(keys), exists)
+                exists = exists & real.gather(1, keys.clamp(0, layout.keys - 1))
+            found.append((Mean.zero(layout), keys, exists))
+        return found
 
-    def finish(self, state: list[Mean]) -> Float[Tensor, "batch head offset"]:
+    def update(self, state: list[tuple[Mean, Tensor, Tensor]], block: Block) -> None:
+        """Add one diagonal an offset."""
+        for mean, keys, exists in state:
+            mean.add(block, block.at(keys[:, block.rows]), exists[:, block.rows])
+
+    def finish(
+        self, state: list[tuple[Mean, Tensor, Tensor]]
+    ) -> Float[Tensor, "batch head offset"]:
         """One mean an offset."""
-        return torch.stack([mean.value() for mean in state], -1)
+        return torch.stack([mean.value() for mean, _, _ in state], -1)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ scale, soft cap, position bias, mask, softmax (with learned sinks as one more co
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -24,10 +26,13 @@ def scaled_products(
     """q k^T times the scale; head h reads group h // (heads / groups), keys are not repeated."""
     batch, heads, rows, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    folded = query.reshape(batch * groups, heads // groups * rows, width)
+    exact = math.frexp(scaling)[0] == 0.5  # a power of two scales the queries without rounding
+    folded = (query * scaling if exact else query).reshape(
+        batch * groups, heads // groups * rows, width
+    )
     transposed = key.reshape(batch * groups, keys, width).transpose(1, 2)
-    products = torch.bmm(folded, transposed).mul_(scaling)
-    return products.view(batch, heads, rows, keys)
+    products = torch.bmm(folded, transposed)
+    return (products if exact else products.mul_(scaling)).view(batch, heads, rows, keys)
 
 
 def soft_cap(scores: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
