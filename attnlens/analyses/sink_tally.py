@@ -124,7 +124,8 @@ class SinkTally:
         self, share: Float[Tensor, "prompt head key"], measured: Statistics, prompts: Tensor
     ) -> None:
         keys, most = (~share.isnan()).sum(-1, keepdim=True), self._settings.most
-        over = share > calibration_threshold(self._settings.rule, keys)
+        # In the precision of the shares: one that equals the threshold is not over it.
+        over = share > calibration_threshold(self._settings.rule, keys).float()
         values = share[over]
         self.over += len(values)
         if len(values) > most:  # no more than can be among the largest are looked at one by one

@@ -168,13 +168,12 @@ def test_a_planted_sink_draws_attention_wherever_it_stands_in_a_stream() -> None
     for place in range(1, 9):
         assert pattern[place - 1, head, place:, place].min() > 0.999
     # 11 - place rows of 11 have to be more than 5 / S = 5 / 11: the word at 1 to 5.
-    planted = (pattern.mean(2)[:, head, 1:] > 5 / 11).nonzero().tolist()
+    planted = (pattern.mean(2)[:, head, 1:] > 5 / 11 + 1e-6).nonzero().tolist()
     assert planted == [[place - 1, place - 1] for place in range(1, 6)]
-    assert found.calibration_total == 25 * int((pattern.mean(2) > 5 / 11).sum())
+    assert found.calibration_total == 25 * int((pattern.mean(2) > 5 / 11 + 1e-6).sum())
     assert len(found.calibration) == 25
     assert [s.prompt for s in found.calibration] == [8 * i for i in range(25)]  # the word at 1
     assert {(s.token, s.position, str(s.head)) for s in found.calibration} == {("w7", 1, "L0H2")}
-    assert found.strongest[head] == 1
     assert found.token_at(0) == "<s>"
     assert [found.token_at(k) for k in (1, 5, 10)] == ["w9", "w9", "<e>"]
 
