@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.massive_qk import massive_qk
     from attnlens.analyses.profile import profile
     from attnlens.analyses.ranks import head_ranks
+    from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.sinks import SinkSettings, sinks
@@ -60,6 +61,7 @@ _HOMES = {
     "MeanDistance": "attnlens.hooks.reducers",
     "OffsetMass": "attnlens.hooks.reducers",
     "ProbeSettings": "attnlens.analyses.attention_probe",
+    "RetrievalSettings": "attnlens.analyses.retrieval",
     "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
     "SinkSettings": "attnlens.analyses.sinks",
@@ -86,6 +88,7 @@ _HOMES = {
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
     "rhythm": "attnlens.analyses.rhythm",
+    "retrieval_heads": "attnlens.analyses.retrieval",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
@@ -110,6 +113,7 @@ __all__ = [
     "MeanDistance",
     "OffsetMass",
     "ProbeSettings",
+    "RetrievalSettings",
     "RolloutSettings",
     "Scale",
     "SinkSettings",
@@ -139,6 +143,7 @@ __all__ = [
     "pack_documents",
     "profile",
     "property_alignment",
+    "retrieval_heads",
     "rhythm",
     "rollout",
     "rollout_from",

@@ -23,12 +23,16 @@ _FAMILIES = {
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
     "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
     "attnlens.analyses.ablation.Ablation": "attnlens.views.ranking",
+    "attnlens.analyses.retrieval.RetrievalHeads": "attnlens.views.retrieval",
     "attnlens.analyses.head_similarity.HeadSimilarity": "attnlens.views.similarity",
     "attnlens.analyses.layer_similarity.LayerSimilarity": "attnlens.views.similarity",
     "attnlens.analyses.ranks.HeadRanks": "attnlens.views.similarity",
     "attnlens.analyses.rhythm.Rhythm": "attnlens.views.context",
     "attnlens.analyses.long_context.LongContextHeads": "attnlens.views.context",
     "attnlens.analyses.basin.AttentionBasin": "attnlens.views.context",
+    "attnlens.analyses.syntax.SyntaxHeads": "attnlens.views.syntax",
+    "attnlens.analyses.attention_probe.AttentionProbe": "attnlens.views.syntax",
+    "attnlens.analyses.alignment.PropertyAlignment": "attnlens.views.syntax",
 }
 
 
