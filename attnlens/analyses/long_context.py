@@ -153,15 +153,13 @@ class LocalQueries:
         return state
 
     def _far(self, block: Block) -> Bool[Tensor, "batch row key"]:
-        """The far keys of each row among those of the block."""
+        """The far keys of each row among those of the block, hidden ones and padding too."""
         layout, t = block.layout, block.positions[:, None]
         keys = torch.arange(block.keys.start, block.keys.stop, device=layout.device)
         far = keys <= t - self.window
         if not layout.site.causal:
             far |= keys >= t + self.window
-        far = far & (keys >= (layout.first_key() + self.first)[:, None, None])
-        real = layout.key_tokens.real
-        return far if real is None else far & real[:, None, block.keys]
+        return far & (keys >= (layout.first_key() + self.first)[:, None, None])
 
     def _with_far_keys(self, block: Block) -> Bool[Tensor, "batch row"]:
         """Rows that have a far key, whether they see it or not."""

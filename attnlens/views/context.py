@@ -87,7 +87,11 @@ def show_basin(basin: AttentionBasin, head: str | None = None) -> go.Figure:
         2,
         2,
         specs=[[{}, {}], [{"colspan": 2}, None]],
-        subplot_titles=("In total", "Per token of the document", "In total, by layer"),
+        subplot_titles=(
+            "In total",
+            "Per token of the document",
+            "In total, mean of each layer's heads",
+        ),
         horizontal_spacing=0.1,
         vertical_spacing=0.16,
     )

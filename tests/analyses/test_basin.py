@@ -107,6 +107,15 @@ def test_a_streamed_basin_is_the_dense_one(
     )
 
 
+def test_prompts_run_by_length_keep_their_own_slots() -> None:
+    """Lengths 9, 5 and 7 run as 5, 7, 9: a turn that is not its own inverse."""
+    examples = [prompt([3, 2], 2, 0), prompt([1, 1], 1, 1), prompt([1, 2], 2, 2)]
+    found = attention_basin(_random(), examples, batch_size=1)
+    tokens = torch.tensor([[3, 2], [1, 1], [1, 2]])
+    wanted = (dense(_random(), examples) / tokens[:, None]).mean(0)
+    assert torch.allclose(found.per_head.per_token.mean, wanted, atol=1e-10)
+
+
 @cache
 def _random() -> Lens:
     return al.load(tiny_gpt2())
