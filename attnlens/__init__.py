@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.massive_qk import massive_qk
     from attnlens.analyses.profile import profile
+    from attnlens.analyses.query_focused import QueryExample, query_focused_heads
     from attnlens.analyses.ranks import head_ranks
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
@@ -61,6 +62,7 @@ _HOMES = {
     "MeanDistance": "attnlens.hooks.reducers",
     "OffsetMass": "attnlens.hooks.reducers",
     "ProbeSettings": "attnlens.analyses.attention_probe",
+    "QueryExample": "attnlens.analyses.query_focused",
     "RetrievalSettings": "attnlens.analyses.retrieval",
     "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
@@ -88,6 +90,7 @@ _HOMES = {
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
     "rhythm": "attnlens.analyses.rhythm",
+    "query_focused_heads": "attnlens.analyses.query_focused",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
@@ -113,6 +116,7 @@ __all__ = [
     "MeanDistance",
     "OffsetMass",
     "ProbeSettings",
+    "QueryExample",
     "RetrievalSettings",
     "RolloutSettings",
     "Scale",
@@ -143,6 +147,7 @@ __all__ = [
     "pack_documents",
     "profile",
     "property_alignment",
+    "query_focused_heads",
     "retrieval_heads",
     "rhythm",
     "rollout",

@@ -107,7 +107,7 @@ def answered(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         seen = LargestKeys(sites)
-        inputs = _padded([prompts[number].ids for number in part])
+        inputs = padded([prompts[number].ids for number in part])
         decoded = lens.decode(inputs, steps, [seen], stop)
         largest = torch.cat([torch.stack(seen.keys[site.name]) for site in sites], dim=-1)
         for place, number in enumerate(part):
@@ -136,7 +136,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Ids of several lengths as a model's input."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

@@ -8,8 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from attnlens.analyses.query_focused import QueryFocusedHeads
 from attnlens.analyses.retrieval import RetrievalHeads
-from attnlens.views.panels import Quantity, add_grid, domains
+from attnlens.views.panels import Quantity, add_grid, domains, head_grids
 from attnlens.views.shown import show
 from attnlens.views.theme import colour_axis, styled
 
@@ -35,6 +36,21 @@ def show_retrieval(result: RetrievalHeads) -> go.Figure:
         note.x = domains(figure, 1, number + 1)[0][0]
     figure.update_layout(margin={"l": 44, "r": 70, "b": 56})
     return figure
+
+
+@show.register
+def show_query_focused(result: QueryFocusedHeads) -> go.Figure:
+    """Weight on the gold documents less that of the null query, and the two by themselves."""
+    quantities = [
+        Quantity("score", "Gold document, less null query", signed=True),
+        Quantity("gold", "Gold document", mass=True),
+        Quantity("null", "Gold document, null query", mass=True),
+    ]
+    title = f"Query-focused heads over {result.prompts} examples"
+    if result.accuracy.mean.isfinite():
+        ranked = f"the best {result.top} rank a gold document first in"
+        title += f": {ranked} {float(result.accuracy.mean):.0%} (chance {result.chance:.0%})"
+    return head_grids(result.to_frame(), quantities, title)
 
 
 def _add_recall(figure: go.Figure, result: RetrievalHeads) -> None:
