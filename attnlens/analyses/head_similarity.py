@@ -22,7 +22,7 @@ from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
 
-Linkage = Literal["average", "complete", "single"]
+Linkage = Literal["ward", "average", "complete", "single"]
 
 BLOCK_BYTES = 1 << 20
 """Weights held at a time, and mixtures of two heads: tensors of this size stay near the cache."""
@@ -30,6 +30,8 @@ DEVICE_BYTES = 256 << 20
 """The same where the model is not on the CPU: fewer, larger steps."""
 KEPT_BYTES = 256_000_000
 """Room for the matrices of each prompt, from which the interval of each pair is taken."""
+WEAK = 0.25
+"""Mean silhouette below which Kaufman and Rousseeuw 1990 see no substantial structure."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class HeadSimilarity:
         sites: names of the sites, in the order of every `site` axis.
         layers: mean divergence between the heads of two sites, `site site`; on the diagonal
             between the different heads of one site, NaN where it has one head.
-        merges: scipy's linkage matrix over the divergence.
+        merges: scipy's linkage matrix over the Jensen-Shannon distance, the root of the divergence.
         order: the heads in an order that puts similar ones side by side.
         clusters: cluster of each head, numbered along the order.
         silhouette: -1 to 1 a head; near 1 where a head is far nearer to its own cluster.
-        plane: a point a head. Classical scaling with the divergence as squared distance, which is
-            exact: the root of the divergence is a Euclidean distance.
+        plane: a point a head, by classical scaling of the distance. All axes together would be
+            exact, for the root of the divergence is a Euclidean distance.
         shares: how much of the spread of the heads each axis of the plane shows.
         prompts: number of prompts.
         rows: rows that counted, over all prompts.
@@ -131,7 +133,7 @@ def head_similarity(
     rows: int | None = 64,
     clusters: int | None = None,
     layers: HeadSpec | None = None,
-    linkage: Linkage = "average",
+    linkage: Linkage = "ward",
     batch_size: int = 4,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -142,8 +144,9 @@ def head_similarity(
     `JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2` (Clark et al. 2019, who sum over the rows of all
     texts instead of taking means; their code mixes each row with .001 of an even one first, which
     is not done here). What learned sinks take of a row is one more outcome. `rows` of each prompt
-    are drawn at random, None takes all: time grows with heads^2 x rows x tokens. `clusters` cuts
-    the tree into so many; without it the cut of best mean silhouette is taken.
+    are drawn at random, None takes all: time grows with heads^2 x rows x tokens. The tree is over
+    the Jensen-Shannon distance, the root of `D`, a Euclidean one as Ward's linkage wants it.
+    `clusters` cuts the tree into so many; without it the cut of best mean silhouette is taken.
 
     Raises:
         InputError: layers of several stacks, fewer than two heads, or settings out of range.
@@ -158,7 +161,7 @@ def head_similarity(
     bootstrap = (resamples, confidence, seed)
     low, high = sums.bounds(*bootstrap)
     divergence = sums.mean()
-    found = tree(divergence.numpy(), linkage, clusters)
+    found = tree(divergence.sqrt().numpy(), linkage, clusters)
     points, shares = plane(divergence.numpy())
     return HeadSimilarity(
         heads,
@@ -306,6 +309,10 @@ def _notes(
         notes.append(
             f"The number of clusters ({found.labels.max() + 1}) is that of best mean silhouette "
             f"({found.silhouette.mean():.2f}), taken from the same texts."
+        )
+    if found.silhouette.mean() < WEAK:
+        notes.append(
+            f"A mean silhouette of {found.silhouette.mean():.2f} is weak: no clear groups of heads."
         )
     if any(site.sinks for site in sites):
         notes.append("What learned sinks take of a row counts as one more outcome beside the keys.")

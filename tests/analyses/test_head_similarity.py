@@ -159,7 +159,7 @@ def copies_of_heads() -> tuple[Lens, list[set[str]]]:
 
 
 @pytest.mark.parametrize("clusters", [None, 3])
-@pytest.mark.parametrize("linkage", ["average", "complete", "single"])
+@pytest.mark.parametrize("linkage", ["ward", "average", "complete", "single"])
 def test_planted_groups_are_recovered(clusters: int | None, linkage: module.Linkage) -> None:
     lens, planted = copies_of_heads()
     ids = [[7, 1, 2, 3, 4, 5, 6, 8], [9, 3, 7, 2, 4, 5, 6, 8], [2, 7, 1, 6, 5, 4, 3, 9]]
@@ -217,6 +217,20 @@ def test_equal_heads_have_no_distance_at_all() -> None:
     assert any("One text" in note for note in found.notes)
 
 
+def test_half_precision_stays_near(ids: Tensor) -> None:
+    whole = ARCHITECTURES["llama"].build()
+    half = head_similarity(al.load(whole.bfloat16()), ids, rows=None)
+    full = head_similarity(al.load(whole.float()), ids, rows=None)  # the same rounded weights
+    assert half.divergence.dtype == torch.float64
+    assert torch.allclose(half.divergence, full.divergence, atol=0.02)
+
+
+def test_groups_that_are_not_there_are_called_weak(random_lens: Lens, ids: Tensor) -> None:
+    found = head_similarity(random_lens, ids)
+    assert float(found.silhouette.mean()) < 0.25
+    assert any("weak" in note for note in found.notes)
+
+
 def test_stacks_are_compared_one_at_a_time() -> None:
     lens = architecture("t5")
     inputs = {"input_ids": torch.arange(5, 29).view(2, 12)}
@@ -234,7 +248,7 @@ def test_stacks_are_compared_one_at_a_time() -> None:
     [
         ({"rows": 0}, "rows=0"),
         ({"clusters": 13}, "1 to 12"),
-        ({"linkage": "ward"}, "'complete'"),
+        ({"linkage": "centroid"}, "'complete'"),
     ],
 )
 def test_settings_out_of_range_are_refused(
