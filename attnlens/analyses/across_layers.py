@@ -20,6 +20,10 @@ from attnlens.hooks.rows import Rows
 from attnlens.lens import Inputs, Lens
 from attnlens.lens.inputs import Batch, split
 
+HELD_BYTES = 500_000_000
+"""Queries and keys of a batch; those of the batch before may still be there while it runs."""
+MOST_PROMPTS = 16
+
 
 @dataclass(frozen=True)
 class PromptRows:
@@ -75,10 +79,17 @@ def comparable_sites(lens: Lens, layers: HeadSpec | int | None) -> tuple[Site, .
 
 
 def prompt_rows(
-    lens: Lens, texts: Inputs, sites: Sequence[Site], batch_size: int
+    lens: Lens, texts: Inputs, sites: Sequence[Site], batch_size: int | None
 ) -> Iterator[PromptRows]:
-    """Run the texts and give each prompt's rows; prompts of similar length come together."""
-    parts, order = split(lens.encode(texts), batch_size)
+    """Run the texts and give each prompt's rows; prompts of similar length come together.
+
+    Without a batch size as many prompts run at a time as `HELD_BYTES` of queries and keys allow.
+    """
+    whole = lens.encode(texts)
+    element = next(lens.model.parameters()).element_size()
+    token = element * sum(site.d_qk * (site.heads + site.groups) for site in sites)
+    fits = HELD_BYTES // (token * max(*whole.lengths, 1))
+    parts, order = split(whole, batch_size or min(max(fits, 1), MOST_PROMPTS))
     numbers = iter(order)
     for part in parts:
         held = HeldRows(sites)

@@ -134,7 +134,7 @@ def head_similarity(
     clusters: int | None = None,
     layers: HeadSpec | None = None,
     linkage: Linkage = "ward",
-    batch_size: int = 4,
+    batch_size: int | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,

@@ -81,7 +81,7 @@ def layer_similarity(
     texts: Inputs,
     rows: int | None = None,
     layers: HeadSpec | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,

@@ -65,7 +65,7 @@ def head_ranks(
     lens: Lens,
     texts: Inputs | None = None,
     layers: HeadSpec | int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     budget: str | int = "1GB",
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -180,7 +180,7 @@ def _random(weights: HeadWeights, seed: int) -> Float[Tensor, "head 2"]:
 
 
 def _of_maps(
-    lens: Lens, texts: Inputs, sites: Sequence[Site], batch_size: int
+    lens: Lens, texts: Inputs, sites: Sequence[Site], batch_size: int | None
 ) -> tuple[Float[Tensor, "prompt head"], tuple[int, ...]]:
     """Effective rank of each head's map of each text, and the rows of each text."""
     found: dict[str, dict[int, Tensor]] = {site.name: {} for site in sites}

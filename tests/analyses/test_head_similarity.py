@@ -1,5 +1,6 @@
 import math
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.special import rel_entr
 from torch import Tensor
 
 import attnlens as al
+from attnlens.analyses import across_layers
 from attnlens.analyses import head_similarity as module
 from attnlens.analyses.clusters import plane, silhouette, tree
 from attnlens.analyses.head_similarity import HeadSimilarity, head_similarity, jensen_shannon
@@ -215,6 +217,24 @@ def test_equal_heads_have_no_distance_at_all() -> None:
     assert (found.divergence == 0).all()
     assert found.shares == (0, 0)
     assert any("One text" in note for note in found.notes)
+
+
+def test_prompts_run_one_by_one_where_queries_and_keys_have_no_room(
+    random_lens: Lens, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    run = Lens.observe
+
+    def observe(lens: Lens, batch: Any, *observers: Any) -> Any:
+        seen.append(batch.size)
+        return run(lens, batch, *observers)
+
+    monkeypatch.setattr(Lens, "observe", observe)
+    together = head_similarity(random_lens, ids)
+    monkeypatch.setattr(across_layers, "HELD_BYTES", 1)
+    alone = head_similarity(random_lens, ids)
+    assert seen == [2, 1, 1]
+    assert torch.allclose(together.divergence, alone.divergence, atol=1e-12)
 
 
 def test_half_precision_stays_near(ids: Tensor) -> None:
