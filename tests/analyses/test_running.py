@@ -183,6 +183,17 @@ def test_what_is_kept_stops_growing() -> None:
     assert size(20) < size(40) < size(60) == size(1200)
 
 
+def test_values_are_held_up_to_a_number_of_prompts() -> None:
+    mean = RunningMean(30, exact=5)
+    mean.add(numbers(5, 2), torch.arange(5))
+    assert mean.method == "bootstrap"
+    assert "values" in mean.tensors()
+    mean.add(numbers(1, 2), torch.tensor([5]))
+    assert mean.method == "poisson bootstrap"
+    assert "values" not in mean.tensors()
+    assert "more than 5 texts" in method_note(mean)[0]
+
+
 def test_no_prompts_are_refused() -> None:
     for empty in (RunningMean().interval, RunningSum().mean):
         with pytest.raises(InputError, match="No prompt was counted"):

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -416,18 +414,19 @@ def test_a_place_that_cannot_be_written_is_told_at_once(lens: Lens, tmp_path: Pa
     assert seen == []
 
 
-@given(st.lists(st.text(max_size=3), min_size=1, max_size=60), st.data())
-def test_another_text_is_found_to_within_a_stride(texts: list[str], data: st.DataObject) -> None:
-    place = data.draw(st.integers(0, len(texts) - 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved, "MARKS", 8)
-        log = Consumed()
-        for text in texts:
-            log.add(text)
-        again = Consumed()
-        again.restore(json.loads(json.dumps(log.facts())))
-        again.skip(iter(texts), Path("x"))
-        assert again.stride <= max(1, len(texts) // 4)
+@pytest.mark.parametrize("count", [1, 7, 8, 21, 64])
+def test_another_text_is_found_to_within_a_stride(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "MARKS", 8)
+    texts = [str(number // 3) for number in range(count)]
+    log, again = Consumed(), Consumed()
+    for text in texts:
+        log.add(text)
+    again.restore(json.loads(json.dumps(log.facts())))
+    again.skip(iter(texts), Path("x"))
+    assert again.stride <= max(1, count // 4)
+    for place in range(count):
         other = [*texts[:place], texts[place] + "!", *texts[place + 1 :]]
         with pytest.raises(InputError, match=r"^(Text|One of texts) \d+") as found:
             again.skip(iter(other), Path("x"))
