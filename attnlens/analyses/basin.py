@@ -226,15 +226,13 @@ def attention_basin(
 class SlotObserver:
     """Observer that sums the weights of each prompt's query rows by slot: `batch head slot`."""
 
-    def __init__(
-        self, sites: Sequence[Site], prompts: Sequence[DocumentPrompt], device: torch.device
-    ) -> None:
+    def __init__(self, sites: Sequence[Site], prompts: Sequence[DocumentPrompt]) -> None:
         self.sites = frozenset(site.name for site in sites)
         self.mass: dict[str, Float[Tensor, "batch head slot"]] = {}
         width = max(len(prompt.ids) for prompt in prompts)
         starts, stops = zip(*(prompt.query for prompt in prompts), strict=True)
         self._rows = slice(min(starts), max(stops))
-        self._asked = torch.zeros(len(prompts), width, device=device, dtype=torch.float64)
+        self._asked = torch.zeros(len(prompts), width, dtype=torch.float64)
         self._members = self._asked.new_zeros(len(prompts), width, len(prompts[0].slots))
         for number, prompt in enumerate(prompts):
             start, stop = prompt.query
@@ -251,14 +249,16 @@ class SlotObserver:
         """Reduce the query's rows of one call; the call itself is left alone."""
         rows = Rows.at(site, call)
         batch, heads, _, _ = rows.shape
-        mass = self._members.new_zeros(batch, heads, self._members.shape[-1])
+        # A model may lie on several devices; a site's rows are where its queries are.
+        asked, members = (each.to(rows.query.device) for each in (self._asked, self._members))
+        mass = members.new_zeros(batch, heads, members.shape[-1])
         for part in rows.blocks(rows=self._rows):
             pattern, keys = rows.block(slice(0, heads), part)
             wide = torch.promote_types(pattern.dtype, torch.float32)
-            asked = self._asked[:, None, None, part].to(wide)
-            drawn = (asked @ pattern.to(wide))[..., 0, :].double()
-            mass += drawn @ self._members[:, keys]
-        self.mass[site.name] = mass
+            weights = asked[:, None, None, part].to(wide)
+            drawn = (weights @ pattern.to(wide))[..., 0, :].double()
+            mass += drawn @ members[:, keys]
+        self.mass[site.name] = mass.cpu()
         return call
 
 
@@ -273,9 +273,9 @@ def _measure(
         own = [prompts[number] for number in order[start : start + batch_size]]
         batch = lens.encode(_padded(own))
         sites = _text_sites(lens.anatomy.layers(layers), batch)
-        observer = SlotObserver(sites, own, lens.device)
+        observer = SlotObserver(sites, own)
         lens.observe(batch, observer)
-        parts.append(torch.cat([observer.mass[site.name].cpu() for site in sites], dim=1))
+        parts.append(torch.cat([observer.mass[site.name] for site in sites], dim=1))
     return sites, torch.cat(parts)[torch.tensor(order).argsort()]
 
 

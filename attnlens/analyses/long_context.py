@@ -60,8 +60,9 @@ def long_context_heads(
     A query is local where its far keys hold 1 - tau of its weight at most; what a learned sink
     takes counts as near. The estimate takes `n exp(q mu c + c^2 q Sigma q^T / 2)` for the sum of
     exponentials of its n far keys, of mean mu and covariance Sigma, under the module's scaling c
-    (Donhauser et al. 2025). It is exact where their scores are normal in the limit, or equal. A
-    query whose far keys the head's own window hides is local.
+    (Donhauser et al. 2025). It is exact where their scores are equal, or normal in the limit; else
+    it errs to either side (a few far keys sought, a low tail), and the rates say how often that
+    turns the decision. A query whose far keys the head's own window hides is local.
 
     Raises:
         InputError: settings out of range, or no text longer than `first + window` tokens.
@@ -191,8 +192,8 @@ def estimated_mass(
     spread = (scores - mean[..., None]).masked_fill_(~far, 0)
     variance = torch.linalg.vecdot(spread, spread) / count.clamp_min(1)
     near = scores.masked_fill(far, -torch.inf).logsumexp(-1)
-    if block.source.sinks is not None:
-        near = torch.logaddexp(near, block.source.sinks[:, None].to(near.dtype))
+    if block.sinks is not None:
+        near = torch.logaddexp(near, block.sinks[:, None].to(near.dtype))
     return torch.sigmoid(estimated_log_sum(count, mean, variance) - near)
 
 

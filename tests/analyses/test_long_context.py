@@ -9,6 +9,7 @@ from torch import Tensor
 import attnlens as al
 from attnlens.analyses.long_context import LongContextHeads, estimated_log_sum, long_context_heads
 from attnlens.errors import InputError
+from attnlens.hooks.rows import Rows
 from attnlens.lens import Lens
 from tests.analyses.conftest import architecture, tiny_gpt2
 from tests.architectures import ARCHITECTURES
@@ -94,6 +95,27 @@ def test_grouped_keys_windows_and_both_sides(name: str) -> None:
     ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(2))
     found = long_context_heads(lens, ids, tau=0.7, window=4, first=1)
     assert_by_hand(found, lens, list(ids), 1e-10)
+
+
+def test_blocks_of_one_row_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of windowed layers begin after the first key, and some hold no far key."""
+    whole = Rows.tiles
+    monkeypatch.setattr(Rows, "tiles", lambda self, budget: whole(self, 1))
+    lens = architecture("mistral")
+    ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(2))
+    found = long_context_heads(lens, ids, tau=0.7, window=4, first=1)
+    assert_by_hand(found, lens, list(ids), 1e-7)  # the model's softmax is float32
+
+
+def test_half_precision_is_near_float64() -> None:
+    ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(2))
+    model = ARCHITECTURES["llama"].build()
+    exact, half = (
+        long_context_heads(al.load(model.to(dtype)), ids, tau=0.7, window=4, first=1)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    for name, tolerance in (("far_mass", 0.02), ("estimated_far_mass", 0.05), ("local", 0.1)):
+        assert torch.allclose(exact[name].mean, half[name].mean, atol=tolerance), name
 
 
 def test_a_learned_sink_counts_as_near() -> None:

@@ -140,6 +140,20 @@ def test_blocks_of_one_row_change_nothing(
     assert_is_dense(found, list(maps), 1e-10)
 
 
+def test_half_precision_is_near_float64() -> None:
+    ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(2))
+    model = ARCHITECTURES["llama"].build()
+    # Half of the heads each, so that every head counts in a curve and none is at the border alone.
+    exact, half = (
+        rhythm(al.load(model.to(dtype)), ids, share=0.5, window=3, horizon=(1, 4))
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert torch.allclose(exact.distance.mean, half.distance.mean, atol=0.1)
+    assert set(exact.local_heads) == set(half.local_heads)
+    assert torch.allclose(exact.waad, half.waad, atol=0.05)
+    assert torch.allclose(exact.fai, half.fai, atol=0.02, equal_nan=True)
+
+
 def test_the_previous_token_head_is_the_local_one(induction_lens: Lens) -> None:
     half = torch.randperm(31, generator=torch.Generator().manual_seed(0))[:12] + 1
     prompt = torch.cat([torch.zeros(1, dtype=torch.long), half, half])[None]
