@@ -98,7 +98,7 @@ def property_alignment(
         observer = Measure(sites, [reducer], part.sides)
         lens.observe(part, observer)
         found.append(torch.cat([observer.results[reducer.name][site.name] for site in sites], 1))
-    counts = torch.cat(found).cpu()[torch.tensor(order).argsort()]
+    counts = torch.cat(found).cpu()  # in the order of their lengths: all that follows are sums
     rates = bootstrap_ratio(counts[..., ::2], counts[..., 1::2], resamples, confidence, seed)
     arcs = counts[..., 1].sum(0).long()
     few = torch.stack([arcs < least, torch.zeros_like(arcs).bool()], -1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -87,10 +86,8 @@ def read_sentences(
         InputError: no sentences, none that fits, or what `tokenise_words` raises.
 
     """
-    if isinstance(sentences, (str, Path)) or not len(sentences):
-        raise InputError(
-            f"There are no sentences in {sentences!r}: give those of al.tasks.read_conllu(path)."
-        )
+    if not len(sentences) or not all(isinstance(sentence, Sentence) for sentence in sentences):
+        raise InputError("Give sentences, one at least, as al.tasks.read_conllu(path) reads them.")
     read = tokenise_words(lens, [sentence.words for sentence in sentences])
     limit = lens.context or max(len(tokens.ids) for tokens in read)
     kept = [number for number, tokens in enumerate(read) if len(tokens.ids) <= limit]

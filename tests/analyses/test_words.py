@@ -166,7 +166,7 @@ def test_sentences_that_do_not_fit_are_left_out_and_told() -> None:
     assert notes[1].endswith("nothing of them: 1 words.")
     with pytest.raises(InputError, match="at most 48 tokens, and the shortest of 1 has 50"):
         read_sentences(lens, [long])
-    for nothing in ([], "trees.conllu", Path("trees.conllu")):
+    for nothing in ([], "trees.conllu", [("a", "b")]):
         with pytest.raises(InputError, match="read_conllu"):
             read_sentences(lens, nothing)  # type: ignore[arg-type]
 
