@@ -187,9 +187,9 @@ def _masses(
     for number, example in enumerate(examples):
         both = (example.prompt, example.null)
         batch = lens.encode(padded([prompt.ids for prompt in both]))
-        observer = SlotObserver(sites, both, lens.device)
+        observer = SlotObserver(sites, both)
         lens.observe(batch, observer)
-        mass = torch.cat([observer.mass[site.name].cpu() for site in sites], dim=1)
+        mass = torch.cat([observer.mass[site.name] for site in sites], dim=1)
         found[:, number, :, : mass.shape[-1]] = mass
     return found[0], found[1]
 

@@ -83,7 +83,7 @@ class Decoder:
                 token = ids[:, -1:]
                 while written.shape[1] < steps and not bool(ended.all()):
                     logits = self._forward(token, real if padded else None, cache)
-                    token = logits.argmax(-1, keepdim=True)
+                    token = logits.argmax(-1, keepdim=True).to(ids.device)
                     written = torch.cat([written, token], dim=1)
                     ended |= torch.isin(token[:, 0], ends)
                     real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
