@@ -144,6 +144,7 @@ def fold(
 
     """
     _check(lens, reading)
+    layers = tuple(layers) if isinstance(layers, Iterator) else layers  # asked for every batch
     given = _as_texts(texts)
     if given is None:
         return _fold_whole(lens, cast("Inputs", texts), tally, layers, reading)

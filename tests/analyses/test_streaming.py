@@ -494,5 +494,18 @@ def test_files_stream(lens: Lens, tmp_path: Path) -> None:
     assert_same(run_sinks(lens, al.open_texts(path)), run_sinks(lens, TEXTS))
 
 
+def test_layers_may_be_an_iterator_too(lens: Lens) -> None:
+    assert_same(
+        run_profile(lens, TEXTS[:9], layers=iter(["L0", "L2"])),
+        run_profile(lens, TEXTS[:9], layers="L0,L2"),
+    )
+
+
+def test_a_dataset_in_memory_streams(lens: Lens) -> None:
+    datasets = pytest.importorskip("datasets")
+    column = datasets.Dataset.from_dict({"text": TEXTS})["text"]
+    assert_same(run_profile(lens, column), run_profile(lens, TEXTS))
+
+
 def test_held_means_are_those_of_the_settings(lens: Lens) -> None:
     assert RunningMean().exact == running.EXACT_PROMPTS == 2048
