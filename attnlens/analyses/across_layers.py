@@ -95,16 +95,28 @@ def prompt_rows(
         held = HeldRows(sites)
         lens.observe(part, held)
         rules = [held.rows[site.name] for site in sites]
-        shapes = {(rule.shape[0], *rule.shape[2:]) for rule in rules}
-        if len(shapes) > 1 or rules[0].shape[0] != part.size:
-            raise InputError(
-                "These layers see different rows or keys (prompts, rows, keys: "
-                f"{', '.join(map(str, sorted(shapes)))}), so their heads do not compare. Name "
-                "layers of one shape."
-            )
+        _check_shapes(sites, rules, part.size)
         for index in range(part.size):
             own = tuple(rule.prompt(index) for rule in rules)
             yield PromptRows(next(numbers), own, _real_rows(part, sites[0], index, own[0].shape[2]))
+
+
+def _check_shapes(sites: Sequence[Site], rules: Sequence[Rows], prompts: int) -> None:
+    """Raise unless the rules are of the prompts, and of the same rows and keys."""
+    first = sites[0].name
+    for site, rule in zip(sites, rules, strict=True):
+        if rule.shape[0] != prompts:
+            raise InputError(
+                f"{site.name} attends over a batch of {rule.shape[0]}, not of {prompts} prompts "
+                "(windows of an image, or images in one row): which rows are whose is not known. "
+                "Leave this layer out with layers=..., or give one prompt at a time."
+            )
+        if rule.shape[2:] != rules[0].shape[2:]:
+            raise InputError(
+                f"{first} has {rules[0].shape[2]} rows and {rules[0].shape[3]} keys, {site.name} "
+                f"has {rule.shape[2]} and {rule.shape[3]}, so they do not compare. Name layers of "
+                "one shape with layers=..."
+            )
 
 
 def _real_rows(part: Batch, site: Site, index: int, rows: int) -> tuple[int, ...]:

@@ -306,13 +306,11 @@ def _notes(
     if sums.prompts < 2:
         notes.append("One text gives no interval over texts; give several.")
     if clusters is None:
+        score = float(found.silhouette.mean())
+        weak = ", which is weak: these heads form no clear groups" if score < WEAK else ""
         notes.append(
             f"The number of clusters ({found.labels.max() + 1}) is that of best mean silhouette "
-            f"({found.silhouette.mean():.2f}), taken from the same texts."
-        )
-    if found.silhouette.mean() < WEAK:
-        notes.append(
-            f"A mean silhouette of {found.silhouette.mean():.2f} is weak: no clear groups of heads."
+            f"({score:.2f}{weak}), taken from the same texts."
         )
     if any(site.sinks for site in sites):
         notes.append("What learned sinks take of a row counts as one more outcome beside the keys.")

