@@ -15,7 +15,7 @@ has 32 T^2 / 2 = 17.2 G scores.
 | a layer | matrix flops | exponentials | bytes that must move |
 |---|---|---|---|
 | flash forward (q k^T and A v) | 8.8 T | 17.2 G | q, k, v, output: 0.67 GB |
-| row kernel (q k^T) | 4.4 T | 17.2 G | q, k, 16 to 24 bytes a row: 0.36 GB |
+| row kernel (q k^T) | 4.4 T | 17.2 G | q, k, 12 to 24 bytes a row: 0.36 GB |
 | column kernel (q k^T again) | 4.4 T | 17.2 G | q, k, lse, 4 bytes a key: 0.34 GB |
 
 At 990 bf16 Tflop/s (H100 data sheet) a pass of q k^T takes 4.4 ms, at 16 exponentials a clock and
@@ -25,8 +25,9 @@ exponentials. The row kernel adds about ten float32 operations a score (largest,
 sums), 17.2 G * 10 / (132 * 128 * 1.7 GHz) = 6 ms if nothing overlaps; that is why what nobody asked
 for is left out at compile time. The rest of such a layer is 2 * 218 M weights * T = 14 Tflop, 14 ms
 at the same rate, so that a forward cannot take less than 23 ms a layer, and row and column kernels
-together cannot add less than 9 (1.4 x), the row kernel alone 4.4 to 6 (1.2 to 1.3 x). These are
-counts, not measurements.
+together cannot add less than 9 (1.4 x), the row kernel alone 4.4 to 6 (1.2 to 1.3 x). With the
+log-sum-exp of the forward one pass could write rows and columns both; sdpa does not hand it out.
+These are counts, not measurements.
 """
 
 # Types of Triton's language: see triton_scores.
