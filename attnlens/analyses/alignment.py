@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -17,7 +18,7 @@ from torch import Tensor
 from attnlens.analyses.per_head import HeadTable
 from attnlens.analyses.uncertainty import Interval, bootstrap_ratio
 from attnlens.analyses.words import text_sites
-from attnlens.anatomy import HeadSpec
+from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.hooks.block import Block
 from attnlens.hooks.measure import Measure
@@ -88,17 +89,8 @@ def property_alignment(
     sites = text_sites(lens, whole, layers)
     properties = _properties(lens, whole, property)
     left_out = frozenset[int]() if special else lens.special_ids
-    parts, order = split(whole, batch_size)
-    found: list[Float[Tensor, "prompt head count"]] = []
-    done = 0
-    for part in parts:
-        own = [properties[number] for number in order[done : done + part.size]]
-        done += part.size
-        reducer = AlignedArcs(tuple(own), threshold, left_out)
-        observer = Measure(sites, [reducer], part.sides)
-        lens.observe(part, observer)
-        found.append(torch.cat([observer.results[reducer.name][site.name] for site in sites], 1))
-    counts = torch.cat(found).cpu()  # in the order of their lengths: all that follows are sums
+    reducer = partial(AlignedArcs, threshold=threshold, special=left_out)
+    counts = _count(lens, whole, sites, properties, reducer, batch_size)
     rates = bootstrap_ratio(counts[..., ::2], counts[..., 1::2], resamples, confidence, seed)
     arcs = counts[..., 1].sum(0).long()
     few = torch.stack([arcs < least, torch.zeros_like(arcs).bool()], -1)
@@ -114,6 +106,27 @@ def property_alignment(
         special=special,
         notes=_notes(len(counts), int(few.any(-1).sum()), least, len(arcs)),
     )
+
+
+def _count(
+    lens: Lens,
+    whole: Batch,
+    sites: Sequence[Site],
+    properties: Sequence[Bool[Tensor, "#query #key"]],
+    reducer: Callable[[tuple[Tensor, ...]], AlignedArcs],
+    batch_size: int,
+) -> Float[Tensor, "prompt head count"]:
+    """The counts of every prompt, in the order of their lengths: all that follows are sums."""
+    parts, order = split(whole, batch_size)
+    found: list[Float[Tensor, "prompt head count"]] = []
+    done = 0
+    for part in parts:
+        own = reducer(tuple(properties[number] for number in order[done : done + part.size]))
+        done += part.size
+        observer = Measure(sites, [own], part.sides)
+        lens.observe(part, observer)
+        found.append(torch.cat([observer.results[own.name][site.name] for site in sites], 1))
+    return torch.cat(found).cpu()
 
 
 class _Counts(NamedTuple):

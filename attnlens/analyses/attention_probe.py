@@ -73,8 +73,7 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if not 0 < self.train < 1 or self.penalty < 0:
             raise InputError(
-                f"train={self.train}, penalty={self.penalty} is out of range: train lies between 0 "
-                "and 1, and a penalty is not negative."
+                f"train={self.train}, penalty={self.penalty}: 0 < train < 1, 0 <= penalty."
             )
 
 
@@ -154,14 +153,11 @@ def attention_probe(
 
     """
     settings = settings or ProbeSettings()
-    kept, tokens, notes = read_sentences(lens, sentences)
-    trees = [_Tree(t, arcs_of(s, t)) for s, t in zip(kept, tokens, strict=True)]
-    train, test = _split([tree for tree in trees if tree.arcs], settings)
-    sites = text_sites(lens, batch_of(lens, tokens[:1])[0], settings.layers)
+    train, test, notes = _split(lens, sentences, settings)
+    sites = text_sites(lens, batch_of(lens, [train[0].tokens])[0], settings.layers)
     heads = tuple(site.head(number) for site in sites for number in range(site.heads))
     _check_budget(train, len(heads), settings)
     total = len(train) + len(test)
-
     room = torch.empty(sum(tree.tokens.count**2 for tree in train), len(heads))
     learned = _learn(_maps(lens, train, settings, _part(progress, 0, total)), room, settings)
     graded = [
@@ -290,18 +286,22 @@ def fit(
     return found, plain, float(weights.grad.abs().max())
 
 
-def _split(trees: list[_Tree], settings: ProbeSettings) -> tuple[list[_Tree], list[_Tree]]:
-    """Training and test sentences, drawn at random."""
-    order = torch.randperm(
-        len(trees), generator=torch.Generator().manual_seed(settings.seed)
-    ).tolist()
+def _split(
+    lens: Lens, sentences: Sequence[Sentence], settings: ProbeSettings
+) -> tuple[list[_Tree], list[_Tree], tuple[str, ...]]:
+    """Training and test sentences, drawn at random, and notes on those that are left out."""
+    kept, tokens, notes = read_sentences(lens, sentences)
+    trees = [_Tree(own, arcs_of(s, own)) for s, own in zip(kept, tokens, strict=True)]
+    trees = [tree for tree in trees if tree.arcs]
+    generator = torch.Generator().manual_seed(settings.seed)
+    order: list[int] = torch.randperm(len(trees), generator=generator).tolist()
     cut = round(settings.train * len(trees))
     if not 0 < cut < len(trees):
         raise InputError(
-            f"{len(trees)} sentences with arcs do not split into training and test sentences at "
-            f"train={settings.train}. Give more sentences."
+            f"{len(trees)} sentences with arcs do not split at train={settings.train}: give more."
         )
-    return [trees[number] for number in order[:cut]], [trees[number] for number in order[cut:]]
+    mixed = [trees[number] for number in order]
+    return mixed[:cut], mixed[cut:], notes
 
 
 def _check_budget(train: Sequence[_Tree], heads: int, settings: ProbeSettings) -> None:
