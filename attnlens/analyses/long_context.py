@@ -142,12 +142,14 @@ class LocalQueries:
         far = self._far(block)[:, None]
         if block.visible is not None:
             far = far & block.visible
-        mass = block.pattern.masked_fill(~far, 0).sum(-1)
-        estimate = estimated_mass(block, far)
+        members = far.to(block.pattern.dtype)
+        mass = torch.linalg.vecdot(block.pattern, members)
+        estimate = estimated_mass(block, members)
         local, called = mass <= 1 - self.tau, estimate <= 1 - self.tau
         found = (torch.ones_like(local), local, called, local & called, mass, estimate)
         for column, values in enumerate(found):
-            state[:, block.heads, column] += (values * counted[:, None].double()).sum(-1)
+            kept = values.double().masked_fill(~counted[:, None], 0)  # padding may be NaN
+            state[:, block.heads, column] += kept.sum(-1)
 
     def finish(self, state: Float[Tensor, "batch head count"]) -> Float[Tensor, "batch head count"]:
         """The counts."""
@@ -183,18 +185,20 @@ class LocalQueries:
 
 
 def estimated_mass(
-    block: Block, far: Bool[Tensor, "batch #head row key"]
+    block: Block, far: Float[Tensor, "batch #head row key"]
 ) -> Float[Tensor, "batch head row"]:
-    """Weight on the far keys by the estimate of their sum, the rest of the row as it is."""
+    """Weight on the far keys (1 in `far`) by the estimate of their sum, the row's rest as it is."""
     scores = block.scores.to(block.pattern.dtype)
     count = far.sum(-1)
-    mean = scores.masked_fill(~far, 0).sum(-1) / count.clamp_min(1)
-    spread = (scores - mean[..., None]).masked_fill_(~far, 0)
+    mean = torch.linalg.vecdot(scores, far) / count.clamp_min(1)
+    spread = (scores - mean[..., None]).mul_(far)
     variance = torch.linalg.vecdot(spread, spread) / count.clamp_min(1)
-    near = scores.masked_fill(far, -torch.inf).logsumexp(-1)
+    near = torch.linalg.vecdot(block.pattern, 1 - far)
     if block.sinks is not None:
-        near = torch.logaddexp(near, block.sinks[:, None].to(near.dtype))
-    return torch.sigmoid(estimated_log_sum(count, mean, variance) - near)
+        near = near + 1 - block.row_sums
+    # ln A = score - lse, for the largest weight as for any.
+    lse = scores.amax(-1) - block.pattern.amax(-1).log()
+    return torch.sigmoid(estimated_log_sum(count, mean, variance) - lse - near.log())
 
 
 def _refuse(measured: Statistics, window: int, first: int) -> None:

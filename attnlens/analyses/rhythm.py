@@ -199,6 +199,7 @@ class WindowedDistance:
     window: int
     name: str = "waad"
     columns: tuple[str, ...] = ()
+    reads = ("row_sums", "at")
 
     def start(self, layout: Layout) -> _Curve:
         """Room for one number a row."""
@@ -229,6 +230,7 @@ class FutureInfluence:
     horizon: tuple[int, int]
     name: str = "fai"
     columns: tuple[str, ...] = ()
+    reads = ("band_sums",)
 
     def start(self, layout: Layout) -> _Curve:
         """Room for one number a key."""

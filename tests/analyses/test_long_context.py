@@ -94,7 +94,7 @@ def test_grouped_keys_windows_and_both_sides(name: str) -> None:
     lens = architecture(name)
     ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(2))
     found = long_context_heads(lens, ids, tau=0.7, window=4, first=1)
-    assert_by_hand(found, lens, list(ids), 1e-10)
+    assert_by_hand(found, lens, list(ids), 1e-10 if name == "bert" else 1e-7)  # float32 softmax
 
 
 def test_blocks_of_one_row_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
