@@ -71,8 +71,8 @@ class RetrievalHeads(HeadTable):
     """Scores of every head over the counted runs, and how well the model answered.
 
     Numbers a head: `score`, the mean retrieval score, and `active`, the share of the counted runs
-    in which the head copied a token at all. Both NaN where no run counts. `mean[head]`, `low` and
-    `high` as in every table of heads.
+    in which the head copied a token at all; both NaN where no run counts. Of equal largest weights
+    the first key is taken.
 
     Attributes:
         runs: every run, counted or not.

@@ -50,7 +50,11 @@ def show_query_focused(result: QueryFocusedHeads) -> go.Figure:
     if result.accuracy.mean.isfinite():
         ranked = f"the best {result.top} rank a gold document first in"
         title += f": {ranked} {float(result.accuracy.mean):.0%} (chance {result.chance:.0%})"
-    return head_grids(result.to_frame(), quantities, title)
+    figure = head_grids(result.to_frame(), quantities, title)
+    layout: Any = figure.layout
+    most = max(layout.coloraxis2.cmax, layout.coloraxis3.cmax)  # the two compare by eye
+    figure.update_layout(coloraxis2_cmax=most, coloraxis3_cmax=most)
+    return figure
 
 
 def _add_recall(figure: go.Figure, result: RetrievalHeads) -> None:

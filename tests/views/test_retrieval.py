@@ -68,6 +68,7 @@ def test_query_focused_heads_have_a_grid_of_the_difference():
     values = np.array(figure.data[0].z, dtype=float)
     assert np.unravel_index(values.argmax(), values.shape) == (1, 2)
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
+    assert figure.layout.coloraxis2.cmax == figure.layout.coloraxis3.cmax == 1
     assert "100%" in figure.layout.title.text
     assert "chance 33%" in figure.layout.title.text
     alone = show(query_focused_heads(wired(), [wired_example(1)], top=1))
