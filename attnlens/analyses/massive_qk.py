@@ -236,7 +236,7 @@ class _Tally:
         if not found:
             raise UnsupportedModelError(
                 f"The first axis of q at {', '.join(sorted(self.left_out))} is not the prompt, so "
-                "its channels cannot be averaged over prompts. Name layers of the text."
+                "its channels cannot be averaged over prompts. Name other layers, if there are any."
             )
         return found
 

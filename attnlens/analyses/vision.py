@@ -148,7 +148,7 @@ def visual_sinks(
         tally.prompts, order = order[: part.size], order[part.size :]
         tally.part, tally.image = part, image[tally.prompts, : _length(part)]
         lens.observe(part, Residual(anatomy, streams, tally.look))
-    names = tuple(stream.name for stream in streams)
+    names = tuple(stream.name for stream in streams if stream.name in tally.rate)
     shares = (torch.stack([own[name] for name in names], 1) for own in (tally.rate, tally.others))
     rate, text_rate = (bootstrap_mean(own, resamples, confidence, seed) for own in shares)
     return VisualSinks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,25 +46,35 @@ def streams_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Stream, ...]:
     """
     wanted = {site.name for site in sites}
     entering: dict[tuple[str, int], Stream] = {}
-    leaving: dict[str, Stream] = {}
+    last: dict[str, tuple[str, int]] = {}
+    asked: set[tuple[str, int]] = set()
     for site in anatomy.sites:
         if site.block is None:
             continue
-        stream = entering.setdefault((site.block, site.call), Stream(site))
-        leaving[site.block.rpartition(".")[0]] = Stream(stream.site, final=True)
-    asked = [stream for stream in entering.values() if stream.site.name in wanted]
-    ends = [stream for stream in leaving.values() if stream.site.name in wanted]
+        place = site.block, site.call
+        entering.setdefault(place, Stream(site))
+        last[site.block.rpartition(".")[0]] = place
+        if site.name in wanted:
+            asked.add(place)
     if not asked:
         raise UnsupportedModelError(
             f"{anatomy.model} holds these attention sites in no list of blocks, so there is no "
             "residual stream to look at."
         )
-    places = {site.name: place for place, site in enumerate(anatomy.sites)}
-    return tuple(sorted((*asked, *ends), key=lambda s: (places[s.site.name], s.final)))
+    found: list[Stream] = []
+    for place, stream in entering.items():
+        if place in asked:
+            found.append(stream)
+            if place in last.values():
+                found.append(Stream(stream.site, final=True))
+    return tuple(found)
 
 
 class Residual:
-    """Observer that shows each stream to `look(stream, tensor)` as it passes, detached."""
+    """Observer that shows each stream to `look(stream, tensor)` as it passes, detached.
+
+    What leaves a last block is shown when the model is done, since layers may share the block.
+    """
 
     sites: frozenset[str] = frozenset()
 
@@ -73,61 +84,55 @@ class Residual:
         streams: Sequence[Stream],
         look: Callable[[Stream, Tensor], None],
     ) -> None:
-        self.seen: set[str] = set()
         self._anatomy = anatomy
         self._streams = tuple(streams)
         self._look = look
+        self._calls: Counter[str] = Counter()
+        self._left: dict[str, tuple[Stream, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Hooks on the blocks of the streams."""
-        handles: list[RemovableHandle] = []
-        for name in dict.fromkeys(stream.site.block for stream in self._streams):
+        """Hooks on the blocks of the streams, and on the model's end."""
+        handles = [model.register_forward_hook(self._end)]
+        for stream in self._streams:
+            name = stream.site.block
             assert name is not None
-            block, calls = model.get_submodule(name), _calls(self._anatomy, name)
-            own = [stream for stream in self._streams if stream.site.block == name]
-            entering = {s.site.call: s for s in own if not s.final}
-            leaving = {s.site.call: s for s in own if s.final}
-            enter, leave = self._enter(calls, entering), self._leave(calls, leaving)
+            block = model.get_submodule(name)
+            if stream.final:
+                handles.append(block.register_forward_hook(self._leave(stream)))
+        for name in dict.fromkeys(s.site.block for s in self._streams if not s.final):
+            assert name is not None
+            enter = self._enter(name)
+            block = model.get_submodule(name)
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(block.register_forward_hook(leave))
         return handles
 
     def see(self, site: Site, call: Call) -> Call:
         """Nothing at the seam."""
         return call
 
-    def _enter(self, calls: Sequence[int], streams: Mapping[int, Stream]) -> Callable[..., None]:
-        count = [0]
+    def _enter(self, block: str) -> Callable[..., None]:
+        calls = list(dict.fromkeys(s.call for s in self._anatomy.sites if s.block == block))
+        own = {s.site.call: s for s in self._streams if s.site.block == block and not s.final}
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._show(calls, count, streams, args[0] if args else kwargs["hidden_states"])
+            number = self._calls[block]
+            self._calls[block] += 1
+            if number < len(calls) and calls[number] in own:
+                self._show(own[calls[number]], args[0] if args else kwargs["hidden_states"])
 
         return hook
 
-    def _leave(self, calls: Sequence[int], streams: Mapping[int, Stream]) -> Callable[..., None]:
-        count = [0]
-
+    def _leave(self, stream: Stream) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self._show(calls, count, streams, output if isinstance(output, Tensor) else output[0])
+            self._left[stream.name] = stream, output if isinstance(output, Tensor) else output[0]
 
         return hook
 
-    def _show(
-        self,
-        calls: Sequence[int],
-        count: list[int],
-        streams: Mapping[int, Stream],
-        tensor: Tensor,
-    ) -> None:
-        """Count a call of the block, and show its stream if it is one of those asked for."""
-        call = calls[count[0] % len(calls)]
-        count[0] += 1
-        if call in streams:
-            self.seen.add(streams[call].name)
-            with torch.no_grad():
-                self._look(streams[call], tensor.detach())
+    def _end(self, *_: object) -> None:
+        self._calls.clear()
+        while self._left:
+            self._show(*self._left.popitem()[1])
 
-
-def _calls(anatomy: Anatomy, block: str) -> list[int]:
-    """The numbers of a block's calls in one forward pass: several where layers share the block."""
-    return list(dict.fromkeys(site.call for site in anatomy.sites if site.block == block))
+    def _show(self, stream: Stream, tensor: Tensor) -> None:
+        with torch.no_grad():
+            self._look(stream, tensor.detach())

@@ -166,12 +166,30 @@ def test_an_encoder_and_a_decoder_have_an_end_each() -> None:
     torch.testing.assert_close(found.top.mean[number, 0], dense, rtol=0, atol=1e-10)
 
 
+def test_self_and_cross_attention_of_a_block_share_its_stream() -> None:
+    lens = architecture("t5")
+    inputs = ARCHITECTURES["t5"].inputs(lens.model)  # type: ignore[arg-type]
+    for layers in ("cross.L0", "dec.L0", "dec.L0,cross.L0"):
+        assert massive_activations(lens, inputs, layers=layers).streams == ("dec.L0",)
+    assert massive_activations(lens, inputs, layers="cross.L1").streams == ("dec.L1", "dec.final")
+
+
 def test_layers_that_share_a_block_have_a_stream_each() -> None:
     lens = architecture("albert")
     found = massive_activations(lens, [[5, 6, 7, 8]])
     assert len(found.streams) == len(lens.anatomy.sites) + 1
     medians = found.median.mean.tolist()
     assert len(set(medians)) == len(medians)
+
+
+def test_a_block_that_attends_twice_has_one_stream() -> None:
+    lens = architecture("diffllama")
+    found = massive_activations(lens, [[5, 6, 7, 8]])
+    assert found.streams == ("L0", "L2", "final")
+    trace = lens.run([[5, 6, 7, 8]], keep=("residual",))
+    for number, stream in enumerate(found.streams):
+        largest = trace.residual[stream].abs().max()
+        torch.testing.assert_close(found.top.mean[number, 0], largest, rtol=0, atol=1e-10)
 
 
 def test_layers_can_be_chosen(planted: Lens) -> None:
