@@ -161,8 +161,9 @@ def test_a_profile_of_few_texts_is_the_bootstrap_of_its_statistics(lens: Lens) -
     assert found.method == "bootstrap"
 
 
-def test_sinks_of_few_texts_are_those_of_all_patterns(lens: Lens) -> None:
-    found = run_sinks(lens, TEXTS[:20])
+@pytest.mark.parametrize("batch_size", [2, 20])
+def test_sinks_of_few_texts_are_those_of_all_patterns(lens: Lens, batch_size: int) -> None:
+    found = run_sinks(lens, TEXTS[:20], batch_size)
     trace = lens.run(TEXTS[:20], keep="pattern")
     pattern = trace.pattern.stack().flatten(1, 2)
     longest = max(trace.lengths)
@@ -304,10 +305,18 @@ def test_going_on_gives_the_same_bits(
 
 
 @both
-@pytest.mark.usefixtures("save_often")
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0, 8), (1000.0, 0)])
 def test_a_keyboard_interrupt_in_the_middle_of_a_window(
-    lens: Lens, method: Callable[..., Any], tmp_path: Path
+    lens: Lens,
+    method: Callable[..., Any],
+    seconds: float,
+    kept: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(streaming, "WINDOW", 2)
+    monkeypatch.setattr(streaming, "SAVE_SECONDS", seconds)
+    monkeypatch.setattr(streaming.time, "monotonic", lambda: 0.0)
     path = tmp_path / "one.state"
 
     def interrupt(done: int, total: int | None) -> None:
@@ -316,7 +325,7 @@ def test_a_keyboard_interrupt_in_the_middle_of_a_window(
 
     with pytest.raises(KeyboardInterrupt):
         method(lens, TEXTS, state=path, progress=interrupt)
-    assert saved.read_state(path)[1]["counted"]["prompts"] == 8
+    assert saved.read_state(path)[1]["counted"]["prompts"] == kept
     assert_same(method(lens, TEXTS, state=path), method(lens, TEXTS))
     assert [file.name for file in tmp_path.iterdir()] == ["one.state"]
 
