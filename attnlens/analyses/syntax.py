@@ -44,7 +44,7 @@ class SyntaxSettings:
         layers: the layers to measure; all where None.
         key_pieces: weights to the pieces of a word are summed ("sum", the paper) or averaged
             ("mean").
-        least: fewest arcs of a relation, where no relations are asked for.
+        least: fewest arcs of a relation in a direction, where no relations are asked for.
         split: choose heads and offsets on every other sentence and report them on the rest.
         batch_size: sentences that run together.
         resamples, confidence, seed: of the bootstrap over sentences.
@@ -167,11 +167,12 @@ def syntax_heads(
     """
     settings = settings or SyntaxSettings()
     sentences, tokens, notes = read_sentences(lens, sentences)
-    names = _relations(sentences, relations, settings.least)
+    least = settings.least if relations is None else 1
+    names = _relations(sentences, relations, least)
     heads, arcs = _collect(lens, sentences, tokens, settings, progress)
     earlier = any(lens.anatomy[site].causal for site in {head.site for head in heads})
     entries = [
-        _score(arcs, name, direction, earlier, settings)
+        _score(arcs, name, direction, earlier, least, settings)
         for name in names
         for direction in DIRECTIONS
     ]
@@ -258,9 +259,14 @@ def _collect(
 
 
 def _score(
-    arcs: _Arcs, name: str, direction: Direction, earlier: bool, settings: SyntaxSettings
+    arcs: _Arcs,
+    name: str,
+    direction: Direction,
+    earlier: bool,
+    least: int,
+    settings: SyntaxSettings,
 ) -> RelationHeads | None:
-    """One relation in one direction; None where no arc can be found in it."""
+    """One relation in one direction; None where it has too few arcs that can be found."""
     picked = torch.tensor([relation == name for relation in arcs.relation])
     offset = arcs.offset if direction == "to_head" else -arcs.offset
     if earlier:
@@ -268,7 +274,7 @@ def _score(
     hits = arcs.hits[:, DIRECTIONS.index(direction)]
     odd = (arcs.sentence % 2).bool()
     chosen, reported = (picked & ~odd, picked & odd) if settings.split else (picked, picked)
-    if not chosen.any() or not reported.any():
+    if int(picked.sum()) < least or not chosen.any() or not reported.any():
         return None
     best = int(hits[chosen].sum(0).argmax())
     common = Counter(offset[chosen].tolist()).most_common(1)[0][0]

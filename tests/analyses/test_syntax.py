@@ -59,7 +59,11 @@ def test_causal_models_are_asked_for_earlier_words_alone(wired: Lens) -> None:
         ("obj", "to_head"),
     }
     assert any("earlier words alone" in note for note in found.notes)
-    with pytest.raises(InputError, match="There is det, obj"):
+    more = SyntaxSettings(least=3, resamples=5)  # two dets and two objs look back, three xs do
+    third = Sentence(("w1", "w2", "w3", "w4"), (-1, 0, 0, 2), ("root", "x", "x", "x"))
+    found = syntax_heads(wired, [sentence, sentence, third], settings=more)
+    assert [(entry.relation, entry.direction) for entry in found.found] == [("x", "to_head")]
+    with pytest.raises(InputError, match="There is x, each"):
         found["det", "to_head"]
 
 
