@@ -1,16 +1,16 @@
-"""The commands. Each opens a model, hands over to the main job or the doctor, and prints."""
+"""The commands. Each hands what was asked for to the module that does the work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from attnlens import __version__
+from attnlens.cli import options as ask
+from attnlens.cli.asked import ModelAsked, NeedleAsked, TextsAsked, TreesAsked
 from attnlens.errors import AttnlensError
 
 app = typer.Typer(
@@ -21,55 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class TaskName(StrEnum):
-    """Tasks on which heads are ablated."""
-
-    REPEAT = "repeat"
-    IOI = "ioi"
-    KEY_VALUE = "key-value"
-    NEEDLE = "needle"
-    NONE = "none"
-
-
-class Mode(StrEnum):
-    """What becomes of an ablated head."""
-
-    ZERO = "zero"
-    MEAN = "mean"
-    UNIFORM = "uniform"
-
-
-Model = Annotated[str, typer.Argument(help="A model folder with safetensors, or a hub name.")]
-Out = Annotated[Path, typer.Option(help="Folder for the report; made if it is not there.")]
-File = Annotated[
-    Path | None,
-    typer.Option(
-        help="A UTF-8 text for the model to read; several texts separated by <|endoftext|>. "
-        "A built-in text where not given."
-    ),
-]
-Cut = Annotated[bool, typer.Option("--cut", help="Read texts over the context in pieces.")]
-Prompts = Annotated[int, typer.Option(min=2, help="Prompts of the task.")]
-Ablate = Annotated[
-    Mode,
-    typer.Option(help="Put zero, the head's mean output, or evenly spread attention in its place."),
-]
-Heads = Annotated[
-    str, typer.Option(help='Heads to ablate: "all", "L3", "L2:", "L3H5,L4H0", "dec.L1H2".')
-]
-Budget = Annotated[
-    str, typer.Option(help="Memory for the attention maps of the prompt; refused over it.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16; the checkpoint's where not given.")
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="A folder or hub name, where the model has no tokenizer beside it."),
-]
 
 
 def _version(asked: bool) -> None:
@@ -99,58 +50,144 @@ def _options(
 
 
 @app.command()
-def demo(out: Out, prompts: Prompts = 16, ablate: Ablate = Mode.ZERO) -> None:
+def demo(out: ask.Out, prompts: ask.Prompts = 16, ablate: ask.Ablate = ask.Mode.ZERO) -> None:
     """Profile the small language model that ships with attnlens: under a minute on one core."""
     from attnlens.cli.passages import PLAY
     from attnlens.zoo.trained import small_path
 
-    report = _commands().report
-    name = "attnlens' small model"
-    report(str(small_path()), out, name=name, texts=PLAY, prompts=prompts, mode=ablate.value)
+    asked = ModelAsked(str(small_path()), name="attnlens' small model")
+    _commands().report(asked, TextsAsked(), out, built_in=PLAY, prompts=prompts, mode=ablate.value)
 
 
 @app.command()
 def profile(
-    model: Model,
-    out: Out,
-    file: File = None,
-    task: Annotated[
-        TaskName, typer.Option(help="Task on which every head is ablated; none leaves it out.")
-    ] = TaskName.REPEAT,
-    prompts: Prompts = 16,
-    ablate: Ablate = Mode.ZERO,
-    heads: Heads = "all",
-    budget: Budget = "2GB",
-    cut: Cut = False,
-    tokenizer: Tokenizer = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    model: ask.Model,
+    out: ask.Out,
+    task: ask.Task = ask.TaskName.REPEAT,
+    prompts: ask.Prompts = 16,
+    ablate: ask.Ablate = ask.Mode.ZERO,
+    heads: ask.Heads = "all",
+    budget: ask.Budget = "2GB",
+    file: ask.File = None,
+    lines: ask.Lines = False,
+    column: ask.Column = None,
+    limit: ask.Limit = None,
+    max_tokens: ask.MaxTokens = None,
+    cut: ask.Cut = False,
+    batch_size: ask.BatchSize = 8,
+    state: ask.State = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
 ) -> None:
     """Say what every head of a model does and which heads matter, as a page, tables and figures.
 
-    Checks the instrument, profiles every head, finds sinks and known head types, rolls attention
-    out over one prompt and ablates every head on a task.
+    Checks the instrument, profiles every head, finds sinks, known head types, massive values,
+    effective ranks and retrieval heads, rolls attention out over one prompt and ablates every head
+    on a task.
     """
+    texts = TextsAsked(file, lines, column, cut, max_tokens, limit, state, batch_size)
     _commands().report(
-        model, out, file=file, task=task.value, prompts=prompts, mode=ablate.value, heads=heads,
-        budget=budget, cut=cut,
-        tokenizer=tokenizer, device=device, dtype=dtype,
+        ModelAsked(model, tokenizer, device, dtype), texts, out,
+        task=task.value, prompts=prompts, mode=ablate.value, heads=heads, budget=budget,
     )  # fmt: skip
 
 
 @app.command()
+def sinks(
+    model: ask.Model,
+    file: ask.Corpus,
+    out: ask.Out,
+    epsilon: ask.Epsilon = 0.3,
+    rule: ask.CalibrationRule = ask.Rule.PAPER,
+    lines: ask.Lines = False,
+    column: ask.Column = None,
+    limit: ask.Limit = None,
+    max_tokens: ask.MaxTokens = None,
+    cut: ask.Cut = False,
+    batch_size: ask.BatchSize = 8,
+    state: ask.State = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Find where attention gathers over a corpus of any size: by head, layer, position and token.
+
+    Example: attnlens sinks MODEL --file corpus.parquet --column text --limit 10000 --out sinks-out
+    """
+    texts = TextsAsked(file, lines, column, cut, max_tokens, limit, state, batch_size)
+    _commands().find_sinks(
+        ModelAsked(model, tokenizer, device, dtype), texts, out, epsilon, rule.value
+    )
+
+
+@app.command()
+def retrieval(
+    model: ask.Model,
+    out: ask.Out,
+    lengths: ask.Lengths = None,
+    depths: ask.Depths = "0,0.25,0.5,0.75,1",
+    prompts: ask.NeedlePrompts = 2,
+    steps: ask.Steps = 50,
+    repeat: ask.Repeat = False,
+    batch_size: ask.NeedleBatch = 8,
+    haystack: ask.Haystack = None,
+    needle: ask.NeedleText = None,
+    question: ask.Question = None,
+    answer: ask.Answer = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Find the heads that copy a fact out of a long text, and how well the model answers.
+
+    Hides built-in secret words, or your own needle, at each length and depth and asks for them.
+
+    Example: attnlens retrieval MODEL --lengths 128,256 --depths 0,0.5,1 --out retrieval-out
+    """
+    asked = NeedleAsked(
+        lengths, depths, prompts, steps, repeat, batch_size, haystack, needle, question, answer
+    )
+    _commands().find_retrieval(ModelAsked(model, tokenizer, device, dtype), asked, out)
+
+
+@app.command()
+def syntax(
+    model: ask.Model,
+    trees: ask.Trees,
+    out: ask.Out,
+    limit: ask.Sentences = None,
+    relations: ask.Relations = None,
+    least: ask.Least = 50,
+    split: ask.Split = False,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Find the heads that follow syntax, beside the best fixed offset of each relation.
+
+    Example: attnlens syntax MODEL trees.conllu --relations obj,det --out syntax-out
+    """
+    asked = TreesAsked(trees, limit, relations, least, split)
+    _commands().find_syntax(ModelAsked(model, tokenizer, device, dtype), asked, out)
+
+
+@app.command()
 def doctor(
-    model: Model,
-    file: File = None,
-    cut: Cut = False,
-    tokenizer: Tokenizer = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    model: ask.Model,
+    file: ask.File = None,
+    lines: ask.Lines = False,
+    column: ask.Column = None,
+    limit: ask.Limit = None,
+    max_tokens: ask.MaxTokens = None,
+    cut: ask.Cut = False,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
 ) -> None:
     """Check that attnlens sees a model exactly, and name its clearest heads. Exit code 0 or 1."""
-    sound = _commands().diagnose(
-        model, file=file, cut=cut, tokenizer=tokenizer, device=device, dtype=dtype
-    )
+    texts = TextsAsked(file, lines, column, cut, max_tokens, limit)
+    sound = _commands().diagnose(ModelAsked(model, tokenizer, device, dtype), texts)
     raise typer.Exit(0 if sound else 1)
 
 

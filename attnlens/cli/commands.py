@@ -2,107 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import typer
 
+from attnlens.analyses.saved import read_state
+from attnlens.cli.asked import ModelAsked, NeedleAsked, TextsAsked, TreesAsked
 from attnlens.cli.doctor import verdict
 from attnlens.cli.main_job import Plan, build_task, run_report
+from attnlens.cli.method_jobs import run_retrieval, run_sinks, run_syntax
+from attnlens.cli.opening import open_checked, open_lens
 from attnlens.cli.passages import PLAIN
-from attnlens.cli.progress import Steps, progress
-from attnlens.cli.texts import check_lengths, cut_texts, read_texts
-from attnlens.errors import InputError
-from attnlens.lens import Lens, load
+from attnlens.cli.progress import progress
+from attnlens.cli.texts import open_source, settle
+from attnlens.errors import FileError
 
 
 def report(
-    model: str,
+    model: ModelAsked,
+    asked: TextsAsked,
     out: Path,
     *,
-    file: Path | None = None,
-    name: str | None = None,
-    texts: Sequence[str] = PLAIN,
+    built_in: Sequence[str] = PLAIN,
     task: str = "repeat",
     prompts: int = 16,
     mode: str = "zero",
     heads: str = "all",
     budget: str = "2GB",
-    cut: bool = False,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
 ) -> None:
     """Run the main job on a model and print what was found and where it lies."""
-    given = read_texts(file) if file is not None else None
-    with progress() as steps:
-        lens = _open(model, tokenizer, device, dtype, steps)
+    source = open_source(asked)
+    with _going_on(asked), progress() as steps:
+        lens = open_lens(model, steps)
         lens.check().raise_problems()
-        chosen = _texts(lens, given, texts, cut)
+        texts = settle(lens, source, asked, built_in, steps)
         built = build_task(lens, task, prompts)
-        plan = Plan(name or _name(model), mode, heads, budget)
-        findings = run_report(lens, chosen, built, out, plan, steps)
-    typer.echo()
-    for line in findings.lines():
-        typer.echo(line)
-    typer.echo(f"Written to {out}: open {out / 'index.html'}")
+        plan = Plan(model.title, mode, heads, budget, asked)
+        findings = run_report(lens, texts, built, out, plan, steps)
+    _say(findings.lines(), out)
 
 
-def diagnose(
-    model: str,
-    *,
-    file: Path | None = None,
-    cut: bool = False,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-) -> bool:
-    """Print a model's anatomy, self-check and clearest heads; whether the check passed."""
-    given = read_texts(file) if file is not None else None
+def find_sinks(model: ModelAsked, asked: TextsAsked, out: Path, epsilon: float, rule: str) -> None:
+    """Find sinks over a corpus, write and print them."""
+    source = open_source(asked)
+    with _going_on(asked), progress() as steps:
+        lens = open_checked(model, steps)
+        texts = settle(lens, source, asked, (), steps)
+        lines = run_sinks(lens, model.title, texts, asked, epsilon, rule, out, steps)
+    _say(lines, out)
+
+
+def find_retrieval(model: ModelAsked, asked: NeedleAsked, out: Path) -> None:
+    """Find retrieval heads, write and print them."""
     with progress() as steps:
-        lens = _open(model, tokenizer, device, dtype, steps)
-        chosen = _texts(lens, given, PLAIN, cut)
-        lines, sound = verdict(lens, chosen, _name(model), steps)
+        lines = run_retrieval(lambda: open_checked(model, steps), model.title, asked, out, steps)
+    _say(lines, out)
+
+
+def find_syntax(model: ModelAsked, asked: TreesAsked, out: Path) -> None:
+    """Find heads that follow syntax, write and print them."""
+    with progress() as steps:
+        lines = run_syntax(lambda: open_checked(model, steps), model.title, asked, out, steps)
+    _say(lines, out)
+
+
+def diagnose(model: ModelAsked, asked: TextsAsked) -> bool:
+    """Print a model's anatomy, self-check and clearest heads; whether the check passed."""
+    source = open_source(asked)
+    with progress() as steps:
+        lens = open_lens(model, steps)
+        texts = settle(lens, source, asked, PLAIN, steps)
+        lines, sound = verdict(lens, texts.sample, model.title, steps)
     for line in lines:
         typer.echo(line)
     return sound
 
 
-def _open(
-    model: str, tokenizer: str | None, device: str | None, dtype: str | None, steps: Steps
-) -> Lens:
-    if device is not None:
-        _check_device(device)
-    with steps(f"Opening {_name(model)}"):
-        return load(model, tokenizer, device, dtype, check=False)
+def _say(lines: Sequence[str], out: Path) -> None:
+    typer.echo()
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"Written to {out}: open {out / 'index.html'}")
 
 
-def _check_device(device: str) -> None:
+@contextmanager
+def _going_on(asked: TextsAsked) -> Generator[None]:
+    """Say after an interrupt what is saved, and how to go on."""
     try:
-        kind = torch.device(device).type
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(
-            f"The device {device!r} is not there. Leave --device out, or write cpu or cuda."
-        ) from None
-    if kind == "meta":
-        raise InputError("The device 'meta' holds no numbers. Write cpu or cuda.")
+        yield
+    except KeyboardInterrupt:
+        saved = [path for method in ("profile", "sinks") if (path := asked.state_of(method))]
+        for path in saved:
+            count = _counted(path)
+            if count:
+                typer.echo(f"{path} holds what {count:,} texts gave.", err=True)
+        if any(_counted(path) for path in saved):
+            typer.echo("The same command goes on from there.", err=True)
+        elif asked.streamed:
+            typer.echo("Nothing is saved to go on from: give --state FILE for that.", err=True)
+        raise
 
 
-def _texts(
-    lens: Lens, given: tuple[str, ...] | None, built_in: Sequence[str], cut: bool
-) -> tuple[str, ...]:
-    """The texts to read; none where the model has no tokenizer and no text was given."""
-    if given is None:
-        return cut_texts(lens, tuple(built_in)) if lens.tokenizer is not None else ()
-    if cut:
-        return cut_texts(lens, given)
-    check_lengths(lens, given)
-    return given
-
-
-def _name(model: str) -> str:
-    """A folder's own name, or the hub's."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+def _counted(state: Path) -> int:
+    """How many texts a state holds."""
+    try:
+        return int(read_state(state)[1]["texts"]["count"])
+    except (FileError, KeyError):
+        return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnlens.analyses.head_types import HeadTypes, head_types
-from attnlens.cli.main_job import reads_text
+from attnlens.cli.grading import reads_text
 from attnlens.cli.progress import Steps, silent
 from attnlens.lens import Lens
 from attnlens.views.narrative import TYPES, check_line, strongest_line, type_line

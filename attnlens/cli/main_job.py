@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from attnlens.analyses.profile import Profile, profile
 from attnlens.analyses.rollout import Rollout, rollout
 from attnlens.analyses.sinks import Sinks, sinks
 from attnlens.anatomy import HeadSpec
+from attnlens.cli.asked import TextsAsked
+from attnlens.cli.further import further
+from attnlens.cli.grading import no_grading, reads_text
 from attnlens.cli.output import staged
 from attnlens.cli.progress import Steps, silent
-from attnlens.cli.texts import cut_texts
+from attnlens.cli.texts import Texts, cut_texts
 from attnlens.errors import TaskError
 from attnlens.lens import Inputs, Lens, Trace
 from attnlens.tasks import Task, indirect_object, key_value, needle, repeated_tokens
@@ -46,11 +49,13 @@ class Plan:
     """The heads to ablate."""
     budget: str = "2GB"
     """Memory for the attention maps of the prompt."""
+    reading: TextsAsked = field(default_factory=TextsAsked)
+    """How the texts are read: batches, and where to save what was counted."""
 
 
 def run_report(
     lens: Lens,
-    texts: Sequence[str],
+    texts: Texts,
     task: Task | None,
     out: str | Path,
     plan: Plan | None = None,
@@ -59,9 +64,10 @@ def run_report(
     """Find out what a model's heads do and write it to the folder `out`.
 
     Self-check, profile, sinks, head types, attention and rollout of one prompt, ablation of every
-    head on the task. Writes index.html, heads.csv, heads.parquet, rollout.graphml and figures/; on
-    an error or an interrupt `out` is as it was. Parts that the model has nothing for are left out,
-    and the findings say why. Raises what the parts raise, and FileError.
+    head on the task, and what `further` finds. Writes index.html, heads.csv, heads.parquet,
+    tables/, rollout.graphml and figures/; on an error or an interrupt `out` is as it was. Parts
+    that the model has nothing for are left out, and the findings say why. Raises what the parts
+    raise, and FileError.
     """
     with staged(Path(out)) as folder:
         findings = find_out(lens, texts, task, plan, steps)
@@ -72,7 +78,7 @@ def run_report(
 
 def find_out(
     lens: Lens,
-    texts: Sequence[str],
+    texts: Texts,
     task: Task | None,
     plan: Plan | None = None,
     steps: Steps = silent,
@@ -84,20 +90,21 @@ def find_out(
     with steps("Checking the instrument"):
         check = lens.check()
         check.raise_problems()
-    read = _read(lens, list(texts), steps, left_out)
-    prompt = _prompt(lens, texts, plan, steps, left_out)
+    read = _read(lens, texts, plan, steps, left_out)
+    prompt = _prompt(lens, texts.sample, plan, steps, left_out)
     ablation = _ablation(lens, task, plan, steps, left_out)
     together = _together(lens, task, read[2], plan, steps)
     return Findings(
         plan.name,
         lens.anatomy,
         check,
-        tuple(texts),
+        texts.sample,
         *read,
         *prompt,
         _repeated(lens, read[2]),
         ablation,
         together,
+        further(lens, texts.sample, steps, left_out),
         tuple(left_out),
     )
 
@@ -114,23 +121,8 @@ def build_task(lens: Lens, name: str, prompts: int) -> Task | None:
     return TASKS[name](lens, prompts)
 
 
-def no_grading(lens: Lens) -> str | None:
-    """Why a model cannot be graded on what token comes next; None where it can."""
-    anatomy = lens.anatomy
-    if any(site.kind != "self" for site in anatomy.sites):
-        return "the tasks ask for the next token, and heads of this model see both sides"
-    if anatomy.unembedding is None:
-        return "the model was loaded without a language-model head, so there is no answer to grade"
-    return None
-
-
-def reads_text(lens: Lens) -> bool:
-    """Whether the model takes token ids."""
-    return getattr(lens.model, "main_input_name", "input_ids") == "input_ids"
-
-
 def _read(
-    lens: Lens, texts: list[str], steps: Steps, left_out: list[str]
+    lens: Lens, texts: Texts, plan: Plan, steps: Steps, left_out: list[str]
 ) -> tuple[Profile | None, Sinks | None, HeadTypes | None]:
     """Profile, sinks and head types."""
     if not reads_text(lens):
@@ -139,33 +131,46 @@ def _read(
             "lens.run and lens.measure take what its processor makes."
         )
         return None, None, None
-    types_on = texts or None
     with steps("Scoring known head types"):
-        types = head_types(lens, types_on)
-    if not texts:
+        types = head_types(lens, list(texts.sample) or None)
+    if not texts.sample:
         left_out.append(
             "Profile, sinks, attention maps and rollout are left out: the model has no tokenizer, "
             "so it can read no text. Previous-token scores are of random tokens."
         )
         return None, None, types
-    inputs = _inputs(lens, texts, left_out)
+    inputs, longest = _inputs(lens, texts, left_out)
+    asked = plan.reading
     with steps(f"Profiling {len(lens.anatomy.heads)} heads") as advance:
-        profiled = profile(lens, inputs, progress=advance)
+        profiled = profile(
+            lens, inputs, batch_size=asked.batch_size, max_tokens=longest,
+            state=asked.state_of("profile"), progress=advance,
+        )  # fmt: skip
     with steps("Finding sinks") as advance:
-        sunk = sinks(lens, inputs, progress=advance)
+        sunk = sinks(
+            lens, inputs, batch_size=asked.batch_size, max_tokens=longest,
+            state=asked.state_of("sinks"), progress=advance,
+        )  # fmt: skip
     return profiled, sunk, types
 
 
-def _inputs(lens: Lens, texts: list[str], left_out: list[str]) -> Inputs:
-    """The texts; where there is a decoder beside an encoder it reads them too, shifted by one."""
+def _inputs(
+    lens: Lens, texts: Texts, left_out: list[str]
+) -> tuple[Inputs | Iterable[str], int | None]:
+    """The texts and where to cut them.
+
+    Where there is a decoder beside an encoder it reads them too, shifted by one.
+    """
     if "dec" not in lens.anatomy.stacks:
-        return texts
-    inputs = dict(lens.encode(texts).inputs)
+        return texts.every, texts.max_tokens
+    inputs = dict(lens.encode(list(texts.sample)).inputs)
     ids, start = inputs["input_ids"], inputs["decoder_input_ids"]
     inputs["decoder_input_ids"] = torch.cat([start[:, :1], ids[:, :-1]], dim=1)
     inputs["decoder_attention_mask"] = inputs["attention_mask"]
     left_out.append("Encoder and decoder read the same texts, the decoder after its start token.")
-    return inputs
+    if not texts.whole:
+        left_out.append(f"Of the texts the first {len(texts.sample)} were read, all at once.")
+    return inputs, None
 
 
 def _prompt(

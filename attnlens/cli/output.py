@@ -10,7 +10,8 @@ from pathlib import Path
 from attnlens.errors import FileError
 
 # What a report may hold; what an earlier report left of these is replaced or removed.
-OWNED = ("heads.csv", "heads.parquet", "rollout.graphml", "rollout.json", "figures", "index.html")
+OWNED = ("heads.csv", "heads.parquet", "rollout.graphml", "rollout.json", "tables", "figures",
+         "index.html")  # fmt: skip
 
 
 @contextmanager

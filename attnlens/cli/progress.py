@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
 )
+from rich.text import Text
 
 Advance = Callable[[int, int | None], None]
 """Called with how much is done, and of how much where that is known."""
@@ -22,6 +24,9 @@ Advance = Callable[[int, int | None], None]
 
 Steps = Callable[[str], AbstractContextManager[Advance]]
 """Called with what is being done; the block that does it gets a function to report with."""
+
+LINE_SECONDS = 30.0
+"""Where there is no terminal, a long step says so often how far it is."""
 
 
 @contextmanager
@@ -39,25 +44,70 @@ def progress() -> Generator[Steps]:
         return
     columns = (
         SpinnerColumn(finished_text="\u2713"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        _Counts(),
+        _Times(),
     )
     with Progress(*columns, console=console) as bars:
         yield lambda name: _bar(bars, name)
 
 
+class _Counts(ProgressColumn):
+    """How much is done, and of how much where that is known."""
+
+    def render(self, task: Task) -> Text:
+        """`1,024/4,000`, `1,024`, or nothing where the step counts nothing."""
+        if task.total is None and not task.completed:
+            return Text("")
+        return Text(counts(int(task.completed), None if task.total is None else int(task.total)))
+
+
+class _Times(ProgressColumn):
+    """Time since the beginning, and time left where that can be told."""
+
+    def render(self, task: Task) -> Text:
+        """`0:01:10, 0:03:20 left`."""
+        spent = clock(task.finished_time if task.finished else task.elapsed)
+        left = None if task.finished else task.time_remaining
+        return Text(spent if left is None else f"{spent}, {clock(left)} left")
+
+
+def counts(done: int, total: int | None) -> str:
+    """`1,024/4,000`, or `1,024` where the total is not known."""
+    return f"{done:,}" if total is None else f"{done:,}/{total:,}"
+
+
+def clock(seconds: float | None) -> str:
+    """`0:01:10`."""
+    return str(timedelta(seconds=int(seconds or 0)))
+
+
 @contextmanager
 def _line(console: Console, name: str) -> Generator[Advance]:
     start = time.perf_counter()
-    yield lambda done, total: None
-    console.print(f"{name}: {time.perf_counter() - start:.1f} s", markup=False, soft_wrap=True)
+    said = start
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said < LINE_SECONDS or done == total:
+            return
+        said = now
+        left = f", {clock((now - start) * (total - done) / done)} left" if total and done else ""
+        say(f"{name}: {counts(done, total)} after {clock(now - start)}{left}")
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    yield advance
+    say(f"{name}: {time.perf_counter() - start:.1f} s")
 
 
 @contextmanager
 def _bar(bars: Progress, name: str) -> Generator[Advance]:
     task = bars.add_task(name, total=None)
     yield lambda done, total: bars.update(task, completed=done, total=total)
-    known = bars.tasks[task].total or 1
+    own = bars.tasks[bars.task_ids.index(task)]
+    known = own.total or own.completed or 1
     bars.update(task, completed=known, total=known)

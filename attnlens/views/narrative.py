@@ -31,7 +31,7 @@ def model_line(anatomy: Anatomy) -> str:
         sites = [site for site in anatomy.sites if site.stack == stack]
         heads = sorted({site.heads for site in sites})
         groups = sorted({site.groups for site in sites})
-        part = f"{_plural(len(sites), 'layer')} of {_range(heads)} heads"
+        part = f"{plural(len(sites), 'layer')} of {_range(heads)} heads"
         if groups != heads:
             part += f" ({_range(groups)} key/value groups)"
         parts.append(f"{stack}: {part}" if stack else part)
@@ -74,7 +74,7 @@ def type_line(frame: pd.DataFrame, name: str) -> str:
             f"No {title} head: none scores {THRESHOLD} or more "
             f"(best {best['head']}, {number_text(best[name])})."
         )
-    return f"{_plural(len(found), f'{title} head')}: {_listed(found, name)}."
+    return f"{plural(len(found), f'{title} head')}: {_listed(found, name)}."
 
 
 def strongest(frame: pd.DataFrame, name: str) -> list[dict[str, Any]]:
@@ -112,7 +112,8 @@ def _percent(share: float) -> str:
     return "n/a" if share != share else f"{100 * share:.0f} %"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """`1 head`, `2 heads`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

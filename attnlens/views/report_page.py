@@ -11,16 +11,15 @@ import plotly.graph_objects as go
 from attnlens.anatomy import Head
 from attnlens.views.findings import Findings
 from attnlens.views.markup import element
-from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, sink_line, strongest
+from attnlens.views.narrative import THRESHOLD, TYPES, check_line, model_line, strongest
 from attnlens.views.page import Cell, Page
 from attnlens.views.panels import interval_text, number_text
 from attnlens.views.ranking import METRICS, ablation_lines, title_of, together_line
+from attnlens.views.report_parts import add_part, file_items
 from attnlens.views.tables import ANATOMY_COLUMNS, CHECK_COLUMNS, anatomy_rows, check_rows
-from attnlens.views.theme import visible
 
 STRONGEST = 5
 """Rows of a type in the table of the strongest heads."""
-MOST_SINKS = 200
 HEADINGS = {
     "first_token": "first token",
     "previous_token": "previous token",
@@ -28,8 +27,8 @@ HEADINGS = {
     "effect": "effect of ablation",
 }
 COLUMNS = (
-    "previous_token", "duplicate", "induction", "copying", "first_token", "sink_rate",
-    "entropy", "distance", "effect",
+    "previous_token", "duplicate", "induction", "copying", "retrieval", "first_token",
+    "sink_rate", "entropy", "distance", "effect",
 )  # fmt: skip
 
 
@@ -39,9 +38,12 @@ def report_page(findings: Findings, figures: Mapping[str, go.Figure]) -> str:
     page.section("In short")
     page.points(findings.lines()[1:])
     _heads(page, findings, figures)
-    _sinks(page, findings, figures)
+    if findings.sink_part is not None:
+        add_part(page, findings.sink_part)
     _prompt(page, findings, figures)
     _ablation(page, findings, figures)
+    for part in findings.further_parts:
+        add_part(page, part)
     _all_heads(page, findings)
     _model(page, findings)
     _files(page, findings, figures)
@@ -72,6 +74,9 @@ def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
     page.section("What its heads do")
     types = findings.types
     source = "the texts" if findings.texts else "random tokens"
+    read = findings.profile.prompts if findings.profile is not None else 0
+    if findings.texts and read > len(findings.texts):
+        source = f"the first {len(findings.texts)} texts"
     page.prose(
         f"Scores are mean weights. Previous-token scores are taken over {source}; duplicate-token "
         f"and induction scores over {types.prompts} sequences of {types.period} random tokens said "
@@ -96,12 +101,12 @@ def _heads(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
         page.note(note)
     if findings.profile is not None:
         page.subsection("Where they look")
-        texts = len(findings.texts)
+        texts = findings.profile.prompts
         page.figure(
             figures["profile"],
-            f"Means over {texts} text{'s' * (texts != 1)}. Entropy says how widely a head spreads "
-            "its attention, distance how far it looks; the others are the weight on one kind of "
-            "token.",
+            f"Means over {texts:,} text{'s' * (texts != 1)}. Entropy says how widely a head "
+            "spreads its attention, distance how far it looks; the others are the weight on one "
+            "kind of token.",
         )
         for note in findings.profile.notes:
             page.note(note)
@@ -115,43 +120,6 @@ def _strongest(frame: pd.DataFrame) -> list[list[str | Cell]]:
             shown = Cell(number_text(score), score, score)
             rows.append([title, record["head"], shown, interval_text(record, name)])
     return rows
-
-
-def _sinks(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
-    sinks = findings.sinks
-    if sinks is None:
-        return
-    page.section("Where attention gathers")
-    page.prose(
-        "A sink is a key that draws attention whatever it says, most often the first token. "
-        + _sentence(sink_line(sinks).removeprefix("Sinks: "))
-    )
-    page.figure(
-        figures["sinks"],
-        "The sink rate is the share of texts in which the key's mean weight, over the rows that "
-        f"see it, exceeds {sinks.settings.epsilon}.",
-    )
-    page.figure(
-        figures["sink-positions"], "Mean weight by position, from the rows that see the key."
-    )
-    found: list[list[str | Cell]] = []
-    for sink in sinks.calibration[:MOST_SINKS]:
-        place = (
-            str(sink.head),
-            str(sink.prompt),
-            str(sink.position),
-            visible(sink.token) if sink.token else "",
-        )
-        found.append([*place, _cell(sink.share)])
-    if found:
-        page.prose(
-            f"{sinks.calibration_total} keys get far more than an even share of a head's attention "
-            "in one text (over 5 / length)"
-            + (f"; the strongest {len(found)}:" if len(found) < sinks.calibration_total else ":")
-        )
-        page.table(("head", "text", "position", "token", "share"), found)
-    for note in sinks.notes:
-        page.note(note)
 
 
 def _prompt(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> None:
@@ -226,10 +194,6 @@ def _all_heads(page: Page, findings: Findings) -> None:
     page.table([*headings, "interval"] if "effect" in columns else headings, rows)
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _head_row(
     record: dict[str, Any], columns: list[str], largest: Mapping[str, float]
 ) -> list[str | Cell]:
@@ -275,8 +239,5 @@ def _files(page: Page, findings: Findings, figures: Mapping[str, go.Figure]) -> 
         files.append(
             ("rollout.graphml", "the rollout as a graph, for Gephi, Cytoscape or networkx")
         )
-    files += [
-        (f"figures/{name}.html", f"the figure {name.replace('-', ' ')} alone") for name in figures
-    ]
     items = [element("li", element("a", name, href=name), f": {what}") for name, what in files]
-    page.add(element("ul", *items))
+    page.add(element("ul", *items, *file_items(findings.parts, figures)))

@@ -10,7 +10,7 @@ import pytest
 from attnlens.cli import main
 from attnlens.cli.main_job import Plan, build_task, run_report
 from attnlens.cli.output import staged
-from attnlens.cli.texts import cut_texts, read_texts
+from attnlens.cli.texts import Texts, cut_texts, read_texts
 from attnlens.errors import TaskError
 from attnlens.graphs import load_graph
 from attnlens.lens import load
@@ -25,12 +25,14 @@ def small_report(small_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("reports") / "deep" / "small"
     lens = load(small_model)
     task = build_task(lens, "repeat", 4)
-    return run_report(lens, TEXTS, task, out, Plan("small <model>")), out
+    return run_report(lens, Texts.given(TEXTS), task, out, Plan("small <model>")), out
 
 
 def test_the_hand_wired_circuit_is_named(tmp_path):
     lens = hand_wired()
-    findings = run_report(lens, (), build_task(lens, "repeat", 4), tmp_path / "r", Plan("wired"))
+    findings = run_report(
+        lens, Texts(), build_task(lens, "repeat", 4), tmp_path / "r", Plan("wired")
+    )
     lines = "\n".join(findings.lines())
     assert "1 previous-token head: L0H1 (1.00)" in lines
     assert "1 induction head: L1H2 (1.00)" in lines
@@ -84,9 +86,9 @@ def test_text_from_outside_stays_text(small_report):
 
 def test_a_second_run_replaces_the_first_and_leaves_other_files(small_model, tmp_path):
     lens = load(small_model, check=False)
-    run_report(lens, TEXTS, build_task(lens, "repeat", 2), tmp_path / "r")
+    run_report(lens, Texts.given(TEXTS), build_task(lens, "repeat", 2), tmp_path / "r")
     (tmp_path / "r" / "notes.txt").write_text("mine")
-    run_report(lens, TEXTS, None, tmp_path / "r")
+    run_report(lens, Texts.given(TEXTS), None, tmp_path / "r")
     assert (tmp_path / "r" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "r" / "figures" / "ablation.html").exists()
     assert "Ablation is left out: no task was asked for." in (

@@ -1,0 +1,90 @@
+"""What a person asks for on the command line, as plain values: nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelAsked:
+    """Which model, and how it is opened."""
+
+    model: str
+    tokenizer: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    name: str | None = None
+    """What to call it; the folder's own name, or the hub's, where None."""
+
+    @property
+    def title(self) -> str:
+        """What pages and steps call the model."""
+        path = Path(self.model).expanduser()
+        return self.name or (path.resolve().name if path.is_dir() else self.model)
+
+
+@dataclass(frozen=True)
+class TextsAsked:
+    """Which texts, and how they are read.
+
+    Attributes:
+        file: where the texts are; built-in ones where None.
+        lines: one text a line.
+        column: the column of a table; read as a table where the file is one, too.
+        cut: read texts over the context in pieces.
+        max_tokens: read the first so many tokens of each text.
+        limit: read the first so many texts.
+        state: where to save what was counted, to go on from.
+        batch_size: texts that run together.
+
+    """
+
+    file: Path | None = None
+    lines: bool = False
+    column: str | None = None
+    cut: bool = False
+    max_tokens: int | None = None
+    limit: int | None = None
+    state: Path | None = None
+    batch_size: int = 8
+
+    @property
+    def streamed(self) -> bool:
+        """Whether texts come one by one from a source of any length."""
+        if self.file is None:
+            return False
+        return bool(
+            self.lines or self.column or self.file.is_dir() or self.file.suffix == ".parquet"
+        )
+
+    def state_of(self, method: str) -> Path | None:
+        """Where one of several methods that read the same texts saves what it counted."""
+        return None if self.state is None else self.state.with_name(f"{self.state.name}.{method}")
+
+
+@dataclass(frozen=True)
+class NeedleAsked:
+    """Which needles, where they stand, and how answers are graded."""
+
+    lengths: str | None
+    depths: str
+    prompts: int
+    steps: int
+    repeat: bool
+    batch_size: int
+    haystack: Path | None
+    needle: str | None
+    question: str | None
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class TreesAsked:
+    """Which sentences and relations."""
+
+    file: Path
+    limit: int | None
+    relations: str | None
+    least: int
+    split: bool

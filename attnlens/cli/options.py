@@ -1,0 +1,201 @@
+"""The arguments and options of the commands, each said once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class TaskName(StrEnum):
+    """Tasks on which heads are ablated."""
+
+    REPEAT = "repeat"
+    IOI = "ioi"
+    KEY_VALUE = "key-value"
+    NEEDLE = "needle"
+    NONE = "none"
+
+
+class Mode(StrEnum):
+    """What becomes of an ablated head."""
+
+    ZERO = "zero"
+    MEAN = "mean"
+    UNIFORM = "uniform"
+
+
+class Rule(StrEnum):
+    """Which keys are calibration sinks."""
+
+    PAPER = "paper"
+    CODE = "code"
+
+
+TEXTS = "Texts"
+MODEL = "Model"
+
+Model = Annotated[str, typer.Argument(help="A model folder with safetensors, or a hub name.")]
+Out = Annotated[Path, typer.Option(help="Folder for the report; made if it is not there.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.", rich_help_panel=MODEL),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16; the checkpoint's where not given.", rich_help_panel=MODEL
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder or hub name, where the model has no tokenizer beside it.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+File = Annotated[
+    Path | None,
+    typer.Option(
+        help="What the model reads; a built-in text where not given. A UTF-8 text, of which "
+        "several are separated by <|endoftext|>; with --lines one text a line; or a Parquet file, "
+        "a folder of them, or a dataset saved on disk: a text a row.",
+        rich_help_panel=TEXTS,
+    ),
+]
+Corpus = Annotated[
+    Path,
+    typer.Option(
+        help="A UTF-8 text, of which several are separated by <|endoftext|>; with --lines one "
+        "text a line; or a Parquet file, a folder of them, or a dataset saved on disk: a text a "
+        "row.",
+        rich_help_panel=TEXTS,
+    ),
+]
+Lines = Annotated[
+    bool, typer.Option("--lines", help="Each line of the file is a text.", rich_help_panel=TEXTS)
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help='Column of the table that holds the texts; "text" where not given.',
+        rich_help_panel=TEXTS,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Read the first N tokens of each text. Texts of --lines and of tables are cut to the "
+        "model's context where not given.",
+        metavar="N",
+        rich_help_panel=TEXTS,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Read the first N texts.", metavar="N", rich_help_panel=TEXTS),
+]
+Cut = Annotated[
+    bool,
+    typer.Option("--cut", help="Read texts over the context in pieces.", rich_help_panel=TEXTS),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        help="Save what was counted as FILE.profile and FILE.sinks; the same command goes on from "
+        "there after a stop.",
+        metavar="FILE",
+        rich_help_panel=TEXTS,
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, help="Texts that run together.", metavar="N", rich_help_panel=TEXTS),
+]
+
+NeedleBatch = Annotated[int, typer.Option(min=1, help="Prompts that run together.", metavar="N")]
+
+Prompts = Annotated[int, typer.Option(min=2, help="Prompts of the task.")]
+Ablate = Annotated[
+    Mode,
+    typer.Option(help="Put zero, the head's mean output, or evenly spread attention in its place."),
+]
+Heads = Annotated[
+    str, typer.Option(help='Heads to ablate: "all", "L3", "L2:", "L3H5,L4H0", "dec.L1H2".')
+]
+Budget = Annotated[
+    str, typer.Option(help="Memory for the attention maps of the prompt; refused over it.")
+]
+Task = Annotated[
+    TaskName, typer.Option(help="Task on which every head is ablated; none leaves it out.")
+]
+
+Epsilon = Annotated[float, typer.Option(help="A key is a sink where its mean weight exceeds this.")]
+CalibrationRule = Annotated[
+    Rule,
+    typer.Option(
+        help="A key of one text is a calibration sink over 5 / length (paper) or over 0.1 (code)."
+    ),
+]
+
+NEEDLE = "Your own needle"
+Lengths = Annotated[
+    str | None,
+    typer.Option(help="Lengths of the prompts in tokens: 128,256. Quarters of the context where "
+                 "not given."),
+]  # fmt: skip
+Depths = Annotated[
+    str, typer.Option(help="Where the needle stands, from 0 (first) to 1 (last): 0,0.5,1.")
+]
+NeedlePrompts = Annotated[
+    int, typer.Option(min=1, help="Built-in prompts at each length and depth.")
+]
+Haystack = Annotated[
+    Path | None,
+    typer.Option(help="A UTF-8 text to hide the needle in.", rich_help_panel=NEEDLE),
+]
+NeedleText = Annotated[
+    str | None, typer.Option(help="The fact that is hidden.", rich_help_panel=NEEDLE)
+]
+Question = Annotated[
+    str | None,
+    typer.Option(
+        help="What the prompt ends with; the answer should follow it.", rich_help_panel=NEEDLE
+    ),
+]
+Answer = Annotated[
+    str | None,
+    typer.Option(
+        help="The part of the needle that a right answer repeats; all of it where not given.",
+        rich_help_panel=NEEDLE,
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Repeat = Annotated[
+    bool,
+    typer.Option(
+        "--repeat",
+        help="Count each copy of a token, as the paper's published code does; else each token "
+        "once.",
+    ),
+]
+
+Trees = Annotated[Path, typer.Argument(help="Sentences with dependency trees, in CoNLL-U.")]
+Sentences = Annotated[
+    int | None, typer.Option(min=1, help="Read the first N sentences.", metavar="N")
+]
+Relations = Annotated[
+    str | None,
+    typer.Option(help="Relations by name: obj,det. All with --least arcs where not given."),
+]
+Least = Annotated[int, typer.Option(min=1, help="Fewest arcs of a relation.", metavar="N")]
+Split = Annotated[
+    bool,
+    typer.Option(
+        "--split", help="Choose heads on every other sentence and report them on the rest."
+    ),
+]
