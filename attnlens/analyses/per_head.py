@@ -125,6 +125,11 @@ class Where:
         """The reducer's own columns."""
         return self.reducer.columns
 
+    @property
+    def reads(self) -> tuple[str, ...] | None:
+        """What the reducer says it reads."""
+        return getattr(self.reducer, "reads", None)
+
     def start(self, layout: Layout) -> tuple[Layout, Any]:
         """The reducer's state, or None at a site it does not apply to."""
         return layout, self.reducer.start(layout) if self.applies(layout) else None

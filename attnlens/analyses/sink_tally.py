@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from heapq import nsmallest
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -202,6 +202,7 @@ class ColumnShare(ColumnMass):
     """Mean weight that each key gets from all real rows, those that cannot see it counted as 0."""
 
     name: str = "share"
+    reads: ClassVar[tuple[str, ...]] = ("column_sums",)
 
     def update(self, state: tuple[Layout, Tensor, Tensor], block: Block) -> None:
         """Add the columns of the real rows."""
@@ -219,6 +220,7 @@ class RowMass(RowMean):
     """Mean sum of a row: 1, or less where learned sinks take a share."""
 
     name: str = "row_mass"
+    reads: ClassVar[tuple[str, ...]] = ("row_sums",)
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the sum of each row."""

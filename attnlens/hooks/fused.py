@@ -198,17 +198,12 @@ class FusedRows:
     @property
     def positions(self) -> Int[Tensor, " row"]:
         """Key position of each row's own token."""
-        layout = self.layout
-        return torch.arange(self.rows.start, self.rows.stop, device=layout.device) + layout.offset
+        return self.layout.positions(self.rows)
 
     @property
     def partners(self) -> Int[Tensor, "#batch row"]:
-        """Key position at the same distance from the first real key as each row from the first row.
-
-        The row's own position, but in cross-attention, where each side may have its own padding.
-        """
-        shift = self.layout.first_key() - self.layout.first_query()
-        return self.positions + shift[:, None]
+        """Key at the same distance from the first real key as each row from the first real row."""
+        return self.layout.partners(self.rows)
 
     @property
     def lse(self) -> Float[Tensor, "batch head row"]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Site
-from attnlens.hooks.block import Block
+from attnlens.hooks.block import Block, TorchBlock
+from attnlens.hooks.fused import fused_blocks, read_by
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.rows import BLOCK_BYTES, Rows
 from attnlens.hooks.seam import Call
@@ -43,12 +44,18 @@ class Measure:
         rows = Rows.at(site, call)
         layout = self._layout(site, rows)
         states = [reducer.start(layout) for reducer in self._reducers]
-        for block in blocks(rows, layout, self._block_bytes):
+        for block in self._blocks(rows, layout):
             for reducer, state in zip(self._reducers, states, strict=True):
                 reducer.update(state, block)
         for reducer, state in zip(self._reducers, states, strict=True):
             self.results[reducer.name][site.name] = reducer.finish(state)
         return call
+
+    def _blocks(self, rows: Rows, layout: Layout) -> Iterator[Block]:
+        """Blocks by the kernels where they serve all reducers, else by torch."""
+        reads = read_by(self._reducers)
+        fused = None if reads is None else fused_blocks(rows, layout, reads)
+        return blocks(rows, layout, self._block_bytes) if fused is None else fused
 
     def _layout(self, site: Site, rows: Rows) -> Layout:
         batch, heads, queries, keys = rows.shape
@@ -75,7 +82,7 @@ def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterat
             scores = own.scores(part, keys)
             pattern = own.pattern(scores, part, keys)
             half = pattern.dtype in (torch.float16, torch.bfloat16)
-            yield Block(
+            yield TorchBlock(
                 layout,
                 own,
                 heads,

@@ -9,7 +9,7 @@ results are aligned to the first real token, so padding on either side gives the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,11 @@ from attnlens.hooks.tokens import Layout
 
 
 class Reducer(Protocol):
-    """A statistic of attention rows. State is whatever `start` returns; `update` changes it."""
+    """A statistic of attention rows. State is whatever `start` returns; `update` changes it.
+
+    One that reads only what kernels on a GPU can write, and no weights, may say so in `reads`
+    (see `hooks.fused`).
+    """
 
     @property
     def name(self) -> str:
@@ -111,6 +115,7 @@ class FirstTokenMass(RowMean):
     """Mean over rows of the weight on the first real token: `F = mean_t A[t, 0]`."""
 
     name: str = "first_token"
+    reads: ClassVar[tuple[str, ...]] = ("at",)
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the column of the first real key."""
@@ -123,6 +128,7 @@ class Entropy(RowMean):
     """Mean entropy of the rows in nats: `H_t = -sum_s A[t, s] ln A[t, s]`."""
 
     name: str = "entropy"
+    reads: ClassVar[tuple[str, ...]] = ("entropy",)
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the entropy of each row."""
@@ -134,6 +140,7 @@ class MeanDistance(RowMean):
     """Mean distance to the keys, in tokens: `sum_s A[t, s] |t - s|`."""
 
     name: str = "distance"
+    reads: ClassVar[tuple[str, ...]] = ("distance",)
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the mean distance of each row."""
@@ -149,6 +156,7 @@ class OffsetMass:
 
     offsets: tuple[int, ...] = (1,)
     name: str = "offset"
+    reads: ClassVar[tuple[str, ...]] = ("at",)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -157,8 +165,7 @@ class OffsetMass:
 
     def start(self, layout: Layout) -> list[tuple[Mean, Tensor, Tensor]]:
         """For each offset an empty mean, the key of each row, and whether that key is there."""
-        rows = torch.arange(layout.queries, device=layout.device) + layout.offset
-        partners = rows + (layout.first_key() - layout.first_query())[:, None]
+        partners = layout.partners(slice(0, layout.queries))
         real = layout.key_tokens.real
         found: list[tuple[Mean, Tensor, Tensor]] = []
         for offset in self.offsets:
@@ -187,6 +194,7 @@ class TokenMass(RowMean):
 
     ids: frozenset[int]
     name: str = "tokens"
+    reads: ClassVar[tuple[str, ...]] = ("mass_on",)
 
     def update(self, state: Mean, block: Block) -> None:
         """Add the weight on the chosen keys."""
@@ -204,7 +212,8 @@ class InductionMass:
     """
 
     name: str = "induction"
-    shift = 1
+    reads: ClassVar[tuple[str, ...]] = ("mass_at",)
+    shift: ClassVar[int] = 1
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -230,7 +239,7 @@ class DuplicateMass(InductionMass):
     """Mean weight on earlier copies of a row's token: `mean_t sum_{s < t, x[s] = x[t]} A[t, s]`."""
 
     name: str = "duplicate"
-    shift = 0
+    shift: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -242,6 +251,7 @@ class ColumnMass:
     """
 
     name: str = "columns"
+    reads: ClassVar[tuple[str, ...]] = ("column_sums", "rows_seeing")
     columns: tuple[str, ...] = ()
 
     def start(self, layout: Layout) -> tuple[Layout, Tensor, Tensor]:
@@ -271,6 +281,7 @@ class ArgMax:
     """
 
     name: str = "argmax"
+    reads: ClassVar[tuple[str, ...]] = ("largest",)
     columns: tuple[str, ...] = ()
 
     def start(self, layout: Layout) -> tuple[Layout, Tensor]:
@@ -317,7 +328,7 @@ class Copies:
         ranked = keys * width + torch.arange(width, device=keys.device)
         order = ranked.argsort(dim=-1)
         ranked = ranked.gather(-1, order)
-        rows = torch.arange(layout.queries, device=keys.device) + layout.offset
+        rows = layout.positions(slice(0, layout.queries))
         # A copy at p counts where p + shift < t: the token after it lies before the row.
         least = (queries * width).contiguous()
         first = torch.searchsorted(ranked, least)

@@ -87,6 +87,18 @@ class Layout:
         real = self.query_tokens.real
         return None if real is None else real[:, rows]
 
+    def positions(self, rows: slice) -> Int[Tensor, " row"]:
+        """Key position of each row's own token."""
+        return torch.arange(rows.start, rows.stop, device=self.device) + self.offset
+
+    def partners(self, rows: slice) -> Int[Tensor, "#batch row"]:
+        """Key at the same distance from the first real key as each row from the first real row.
+
+        The row's own position, but in cross-attention, where each side may have its own padding.
+        """
+        shift = self.first_key() - self.first_query()
+        return self.positions(rows) + shift[:, None]
+
     def first_key(self) -> Int[Tensor, " batch"]:
         """Position of each prompt's first real key (0 unless padded on the left)."""
         return _first_real(self.key_tokens.real, self.batch, self.device)

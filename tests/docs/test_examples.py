@@ -1,4 +1,4 @@
-"""The Python in README.md and CONTRIBUTING.md runs as it is printed."""
+"""The Python in the pages of documentation runs as it is printed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def code(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/head-profiles.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "example.py"
