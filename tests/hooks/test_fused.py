@@ -43,6 +43,7 @@ class Taken(Measure):
 
     def __init__(self, lens: Lens, inputs: Any) -> None:
         super().__init__(lens.anatomy.sites, [], Sides.of(inputs))
+        self.lens, self.inputs = lens, inputs
         self.calls: list[tuple[Rows, Layout]] = []
 
     def see(self, site: Site, call: Call) -> Call:
@@ -311,6 +312,39 @@ def test_reducers_give_the_same_numbers() -> None:
         results.append(finished)
     for fused, torch_s in zip(*results, strict=True):
         torch.testing.assert_close(fused, torch_s, rtol=0, atol=TOLERANCE, equal_nan=True)
+
+
+def test_measure_takes_fused_blocks_where_every_reducer_allows_it() -> None:
+    """One reducer that wants weights makes all take torch's; the numbers are the same."""
+
+    @dataclass(frozen=True)
+    class Kind(al.Entropy):
+        """Which kind of block came."""
+
+        name: str = "kind"
+
+        def update(self, state: Any, block: Any) -> None:
+            kinds.add(type(block).__name__)
+            state.add(block, block.entropy)
+
+    @dataclass(frozen=True)
+    class Mute(Kind):
+        reads: Any = None
+
+    reducers = (al.Entropy(), al.FirstTokenMass(), al.ColumnMass())
+    taken = calls("gpt_oss", "right")
+    results: list[dict[str, dict[str, Tensor]]] = []
+    for own, kind in ((Kind(), "FusedRows"), (Mute(), "TorchBlock")):
+        kinds: set[str] = set()
+        measure = Measure(taken.lens.anatomy.sites, (*reducers, own), Sides.of(taken.inputs))
+        with torch.no_grad(), Session(taken.lens.model, taken.lens.anatomy, [measure]):
+            taken.lens.model(**taken.inputs)
+        assert kinds == {kind}
+        results.append(measure.results)
+    for name in (reducer.name for reducer in reducers):
+        for site, fused in results[0][name].items():
+            torch_s = results[1][name][site]
+            torch.testing.assert_close(fused, torch_s, rtol=0, atol=2e-5, equal_nan=True)
 
 
 def test_triton_waits_until_it_is_needed(repository: Path) -> None:
