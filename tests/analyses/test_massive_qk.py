@@ -1,6 +1,7 @@
 """Massive channels of q and k against planted ones and against q and k kept whole."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,15 @@ def test_tables_that_change_with_the_length_are_told() -> None:
 def test_bad_thresholds_are_refused(random_lens: Lens, threshold: float) -> None:
     with pytest.raises(InputError, match="multiple of the median"):
         massive_qk(random_lens, [[1, 2, 3]], threshold)
+
+
+def test_a_trained_model_has_its_massive_channels_in_the_slowest_pair(shared_data: Path) -> None:
+    """As Jin et al. find of larger ones: massive values lie where rotary embedding turns least."""
+    lens = al.load(shared_data / "stories260K")
+    texts = ["Once upon a time there was a little girl named Lily.", "The dog ran to the park."]
+    found = massive_qk(lens, texts).channels()
+    assert len(found) >= 10
+    slowest = found[found["frequency"] < 0.0011]
+    assert set(slowest["channel"]) == {3, 7}
+    assert len(slowest) > 0.8 * len(found)
+    assert (found.head(5)["wavelength"].sub(2000 * math.pi).abs() < 1e-2).all()
