@@ -51,7 +51,7 @@ def bootstrap_ratio(
     """Ratio of sums over prompts, `sum_p n_p / sum_p d_p`, with its percentile bootstrap interval.
 
     For rates of things of which prompts hold different numbers (arcs, answers): prompts are drawn
-    with all that they hold. A denominator of 0 is a prompt that does not count. The bounds are NaN
+    with all that they hold. A prompt whose denominator is 0 does not count. The bounds are NaN
     where fewer than two prompts count, the ratio too where none does. Float64, on the CPU.
     Efron 1979.
 
@@ -68,6 +68,7 @@ def bootstrap_ratio(
     shape = numerators.shape[1:]
     above = numerators.detach().double().cpu().reshape(len(numerators), shape.numel())
     below = denominators.detach().double().cpu().expand_as(numerators).reshape(above.shape)
+    above = above.masked_fill(below == 0, 0)
     times = _times_drawn(len(above), resamples, seed)
     tail = (1 - confidence) / 2
     bounds = torch.full((2, above.shape[1]), torch.nan, dtype=torch.float64)
