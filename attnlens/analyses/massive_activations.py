@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
-from attnlens.anatomy import Anatomy, HeadSpec
+from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.residual import Residual, Stream, streams_of
 from attnlens.hooks.tokens import Sides, Tokens
@@ -165,7 +165,7 @@ def massive_activations(
             "above 0, ratio a multiple of the median, 1 or more."
         )
     whole = lens.encode(texts)
-    anatomy = anatomy_for(lens, whole)
+    anatomy = lens.anatomy_for(whole)
     streams = streams_of(anatomy, anatomy.layers(layers))
     tally = _Tally(lens, threshold, ratio, whole.size)
     parts, order = split(whole, batch_size)
@@ -174,11 +174,6 @@ def massive_activations(
         tally.part(part, prompts)
         lens.observe(part, Residual(anatomy, streams, tally.look))
     return tally.result(streams, (resamples, confidence, seed))
-
-
-def anatomy_for(lens: Lens, batch: Batch) -> Anatomy:
-    """The sites that run on inputs of this modality."""
-    return lens._anatomy_for(batch)  # pyright: ignore[reportPrivateUsage]
 
 
 def magnitudes(

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attnlens.analyses.massive_activations import anatomy_for
 from attnlens.analyses.per_head import HeadTable, table_of
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.anatomy.rotary import Rotary, tables
@@ -138,7 +137,7 @@ def massive_qk(
             "lies above 1."
         )
     whole = lens.encode(texts)
-    anatomy = anatomy_for(lens, whole)
+    anatomy = lens.anatomy_for(whole)
     sites = anatomy.layers(layers)
     rotary = find_rotary(lens.model, anatomy, sites, _short(whole))
     tally = _Tally(sites, threshold)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnlens.analyses.massive_activations import anatomy_for, massive_activations
+from attnlens.analyses.massive_activations import massive_activations
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import HeadError, InputError
@@ -128,7 +128,7 @@ def visual_sinks(
     """
     whole = lens.encode(inputs)
     image = image_positions(lens, whole, image_mask)
-    anatomy = anatomy_for(lens, whole)
+    anatomy = lens.anatomy_for(whole)
     sites = text_sites(anatomy.layers(layers))
     notes = ["One prompt gives no interval over prompts; give several."] if whole.size < 2 else []
     if channels is None:

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from attnlens.analyses.massive_activations import anatomy_for
 from attnlens.analyses.per_head import HeadTable, table_of
 from attnlens.analyses.vision import image_positions, text_sites
 from attnlens.anatomy import HeadSpec, Site
@@ -93,7 +92,7 @@ def vision_aware_heads(
         prompts = order[start : start + part.size]
         start += part.size
         twice = doubled(part)
-        anatomy = anatomy_for(lens, twice)
+        anatomy = lens.anatomy_for(twice)
         every, counted = text_sites(anatomy.sites), text_sites(anatomy.layers(layers))
         assert part.ids is not None
         compared = _Compared(every, part, image[prompts, : part.ids.shape[1]], rows)

@@ -106,7 +106,7 @@ class Lens:
         kept.
         """
         batch = self.encode(inputs)
-        anatomy = self._anatomy_for(batch)
+        anatomy = self.anatomy_for(batch)
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         chosen = _choose(anatomy, layers, heads)
         sites = tuple(site for site in anatomy.sites if site.name in chosen)
@@ -151,7 +151,7 @@ class Lens:
         reducers = tuple(reducers) if isinstance(reducers, Sequence) else (reducers,)
         _check_names(reducers)
         whole = self.encode(inputs)
-        anatomy = self._anatomy_for(whole)
+        anatomy = self.anatomy_for(whole)
         sites = anatomy.layers(layers)
         parts, order = split(whole, batch_size)
         results: list[dict[str, dict[str, Tensor]]] = []
@@ -174,7 +174,7 @@ class Lens:
 
         For methods that neither `run` nor `measure` serves. Logits are those of the last position.
         """
-        with Session(self.model, self._anatomy_for(batch), observers):
+        with Session(self.model, self.anatomy_for(batch), observers):
             return self._forward(batch, last_logits=True)
 
     @contextmanager
@@ -192,7 +192,7 @@ class Lens:
         whole = self.encode(inputs)
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        anatomy = self._anatomy_for(whole)
+        anatomy = self.anatomy_for(whole)
         for part in split(whole, batch_size)[0]:
             real = {site.name: part.sides.queries(site).real for site in anatomy.sites}
             observer = MeanZ(anatomy.sites, real)
@@ -262,9 +262,9 @@ class Lens:
         if inputs is None:
             return check_model(self.model, self.anatomy, self._example)
         batch = self.encode(inputs)
-        return check_model(self.model, self._anatomy_for(batch), batch.inputs)
+        return check_model(self.model, self.anatomy_for(batch), batch.inputs)
 
-    def _anatomy_for(self, batch: Batch) -> Anatomy:
+    def anatomy_for(self, batch: Batch) -> Anatomy:
         """The anatomy for inputs of this modality; a new one (images, say) is probed once."""
         key = _modality(batch.inputs)
         if key not in self._anatomies:
