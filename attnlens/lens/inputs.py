@@ -114,7 +114,10 @@ class Encoder:
         config: Any = model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocab = getattr(text, "vocab_size", None)
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        # Where positions have several coordinates the model counts them itself, from the mask.
+        counts = any(hasattr(module, "get_rope_index") for module in model.modules())
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted and not counts
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
 
     @property

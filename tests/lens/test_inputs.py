@@ -247,3 +247,20 @@ def test_statistics_as_a_table(lens: Lens) -> None:
     wanted = statistics["offset"]["L1"][0, 3, 1]
     assert table["offset_1"].iloc[7] == pytest.approx(float(wanted))
     assert statistics["entropy"].stack().shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_positions_with_three_coordinates_are_left_to_the_model(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    plain = dict(architecture.inputs(model))
+    plain["attention_mask"] = torch.ones_like(plain["input_ids"])
+    left = {
+        key: torch.nn.functional.pad(value, (3, 0)) if value.shape[:2] == (2, 20) else value
+        for key, value in plain.items()
+    }
+    lens = al.load(model, example=plain)
+    with torch.no_grad():
+        wanted = model(**plain).logits
+        found = model(**lens.encode(left).inputs).logits[:, 3:]
+    assert torch.allclose(found, wanted, atol=1e-4)  # of logits around 5; positions off: 2 to 4
