@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from attnlens.analyses.saved import read_state
+from attnlens.analyses.streaming import SAVE_SECONDS
 from attnlens.cli.asked import ModelAsked, NeedleAsked, TextsAsked, TreesAsked
 from attnlens.cli.doctor import verdict
 from attnlens.cli.main_job import Plan, build_task, run_report
@@ -93,13 +94,14 @@ def _going_on(asked: TextsAsked) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        saved = [path for method in ("profile", "sinks") if (path := asked.state_of(method))]
-        for path in saved:
-            count = _counted(path)
-            if count:
-                typer.echo(f"{path} holds what {count:,} texts gave.", err=True)
-        if any(_counted(path) for path in saved):
+        paths = [path for method in ("profile", "sinks") if (path := asked.state_of(method))]
+        saved = {path: count for path in paths if (count := _counted(path))}
+        for path, count in saved.items():
+            typer.echo(f"{path} holds what {count:,} texts gave.", err=True)
+        if saved:
             typer.echo("The same command goes on from there.", err=True)
+        elif asked.state is not None:
+            typer.echo(f"Nothing was saved yet: that is done every {SAVE_SECONDS:g} s.", err=True)
         elif asked.streamed:
             typer.echo("Nothing is saved to go on from: give --state FILE for that.", err=True)
         raise

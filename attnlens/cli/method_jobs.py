@@ -39,7 +39,7 @@ def run_sinks(
                 lens, texts.every, settings, asked.batch_size, max_tokens=texts.max_tokens,
                 state=asked.state_of("sinks"), progress=advance,
             )  # fmt: skip
-        read = f"Over {max(found.prompts):,} text{'s' * (max(found.prompts) != 1)}."
+        read = f"Read: {max(found.prompts):,} text{'s' * (max(found.prompts) != 1)}."
         return _written(lens, f"Sinks of {name}", [found], folder, steps, read)
 
 
@@ -92,15 +92,16 @@ def _needle(asked: NeedleAsked) -> Needle | None:
     if asked.haystack is None or asked.needle is None or asked.question is None:
         raise InputError(
             "A needle of your own takes --haystack, --needle and --question together; "
-            f"{' and '.join(missing)} is missing."
+            f"missing: {', '.join(missing)}."
         )
     return Needle(read_text(asked.haystack), asked.needle, asked.question, asked.answer)
 
 
 def _numbers(option: str, given: str, kind: type[Number]) -> tuple[Number, ...]:
     """Numbers separated by commas."""
+    parts = _names(option, given)
     try:
-        return tuple(kind(part) for part in _names(option, given))
+        return tuple(kind(part) for part in parts)
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"{option} takes {what} separated by commas, not {given!r}.") from None

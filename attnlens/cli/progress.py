@@ -16,6 +16,7 @@ from rich.progress import (
     Task,
     TextColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 Advance = Callable[[int, int | None], None]
@@ -45,9 +46,9 @@ def progress() -> Generator[Steps]:
     columns = (
         SpinnerColumn(finished_text="\u2713"),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        _Counts(),
-        _Times(),
+        BarColumn(bar_width=12),
+        _Counts(Column(no_wrap=True)),
+        _Times(Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as bars:
         yield lambda name: _bar(bars, name)
@@ -64,13 +65,14 @@ class _Counts(ProgressColumn):
 
 
 class _Times(ProgressColumn):
-    """Time since the beginning, and time left where that can be told."""
+    """Time left where that can be told, else time since the beginning."""
 
     def render(self, task: Task) -> Text:
-        """`0:01:10, 0:03:20 left`."""
-        spent = clock(task.finished_time if task.finished else task.elapsed)
+        """`0:03:20 left`, and in the end `0:04:30`."""
         left = None if task.finished else task.time_remaining
-        return Text(spent if left is None else f"{spent}, {clock(left)} left")
+        if left is not None:
+            return Text(f"{clock(left)} left")
+        return Text(clock(task.finished_time if task.finished else task.elapsed))
 
 
 def counts(done: int, total: int | None) -> str:

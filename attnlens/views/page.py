@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -83,7 +84,7 @@ class Page:
         name = f"figure-{self._figures}"
         drawn = go.Figure(figure)
         drawn.update_layout(title=None, margin_t=34)
-        height = int(drawn.layout.height or 400)
+        height = height_of(drawn, 400)
         self._body.append(
             element(
                 "figure",
@@ -106,7 +107,7 @@ class Page:
 
 def figure_page(figure: go.Figure, title: str, plotly_file: str) -> str:
     """A page with one figure, whose plotly is the file of that name beside it."""
-    height = int(figure.layout.height or 450)
+    height = height_of(figure, 450)
     body = element(
         "main",
         element("div", class_="plot", data_figure="figure", style=f"height:{height}px"),
@@ -115,6 +116,12 @@ def figure_page(figure: go.Figure, title: str, plotly_file: str) -> str:
     )
     library = element("script", src=plotly_file)
     return document(title, body, library, "script-src 'self' file: 'unsafe-inline'")
+
+
+def height_of(figure: go.Figure, default: int) -> int:
+    """The height that a figure asks for, in pixels."""
+    layout: Any = figure.layout
+    return int(layout.height or default)
 
 
 def document(title: str, body: Html, library: Html, scripts: str = "") -> str:

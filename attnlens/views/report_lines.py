@@ -31,7 +31,7 @@ def retrieval_lines(result: RetrievalHeads) -> tuple[str, ...]:
         f"{result.settings.recall:g}); mean recall {number_text(recall)}."
     )
     if not result.prompts:
-        return (f"{line} The model does not answer, so no head has a score.",)
+        return (line,)
     weak, strong = sorted(result.settings.thresholds)
     lines = [line, _over("strong retrieval head", result, result.strong, strong)]
     if len(result.weak) > len(result.strong):
@@ -61,10 +61,11 @@ def syntax_lines(syntax: SyntaxHeads) -> tuple[str, ...]:
     records: list[dict[str, Any]] = syntax.to_frame().to_dict("records")
     better = [record for record in records if record["gain_low"] > 0]
     better.sort(key=lambda record: -record["gain"])
+    names = len({record["relation"] for record in records})
     line = (
-        f"Syntax: {plural(len(records), 'relation')} by direction over "
-        f"{plural(syntax.sentences, 'sentence')}; in {len(better)} the best head finds clearly "
-        "more arcs than the best fixed offset."
+        f"Syntax: {plural(names, 'relation')} over {plural(syntax.sentences, 'sentence')}; in "
+        f"{len(better)} of {len(records)} pairs of relation and direction the best head finds "
+        "clearly more arcs than the best fixed offset."
     )
     return (line, *(_relation(record) for record in better[:RELATIONS]))
 
@@ -74,14 +75,15 @@ def _relation(record: dict[str, Any]) -> str:
     offset = f"{record['offset']:+d}".replace("-", "\u2212")
     return (
         f"{record['relation']}, {way}: {record['head']} finds {_percent(record['accuracy'])} of "
-        f"{record['arcs']:,} arcs ({interval_text(record, 'accuracy')}); offset {offset} finds "
+        f"{record['arcs']:,} arcs ({100 * record['accuracy_low']:.0f} to "
+        f"{_percent(record['accuracy_high'])}); offset {offset} finds "
         f"{_percent(record['baseline'])}."
     )
 
 
 def massive_lines(massive: MassiveActivations) -> tuple[str, ...]:
     """Whether there are massive activations, how large and where."""
-    rule = f"over {massive.threshold:g} and {massive.ratio:g} times the median"
+    rule = f"over {massive.threshold:,g} and over {massive.ratio:,g} times the median"
     if not massive.found:
         ratio = (massive.top.mean[:, 0] / massive.median.mean).nan_to_num(0.0)
         most = int(ratio.argmax())
@@ -106,16 +108,18 @@ def massive_lines(massive: MassiveActivations) -> tuple[str, ...]:
 def qk_lines(massive: MassiveQK) -> tuple[str, ...]:
     """The largest channels of queries and keys, and how many are massive."""
     parts: list[str] = []
-    for side in ("query", "key"):
+    counts: list[int] = []
+    for side, noun in (("query", "queries"), ("key", "keys")):
         peak = massive[f"{side}_peak"].mean.nan_to_num(-1.0)
         best = int(peak.argmax())
         many = int((massive[f"{side}_massive"].mean.nan_to_num(0.0) > 0).sum())
-        noun = "queries" if side == "query" else "keys"
-        parts.append(
-            f"in the {noun} of {plural(many, 'head')} (at most {number_text(float(peak[best]))} "
-            f"times the median channel, {massive.heads[best]})"
-        )
-    return (f"Massive channels: {', '.join(parts)}.",)
+        most = f"up to {number_text(float(peak[best]))} times the median channel"
+        where = f"{noun} of {plural(many, 'head')}" if many else noun
+        parts.append(f"{where} ({most}, {massive.heads[best]})")
+        counts.append(many)
+    if not any(counts):
+        return (f"No massive channel in {' or '.join(parts)}.",)
+    return (f"Massive channels in {' and '.join(parts)}.",)
 
 
 def rank_lines(ranks: HeadRanks) -> tuple[str, ...]:

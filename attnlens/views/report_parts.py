@@ -21,8 +21,10 @@ PLOTLY = "plotly.min.js"
 TABLES = "tables"
 MOST_ROWS = 200
 """Rows of a table that the page shows; the files hold all."""
-WHOLE = {"layer", "index", "prompt", "position", "text", "prompts", "channel", "arcs", "offset",
-         "length", "depth", "counted", "runs", "apart", "partner", "tokens"}  # fmt: skip
+WHOLE = {
+    "layer", "index", "prompt", "position", "strongest", "text", "prompts", "channel", "arcs",
+    "offset", "length", "depth", "counted", "runs", "apart", "partner", "tokens",
+}  # fmt: skip
 """Columns of numbers that are written as they are."""
 
 
@@ -159,7 +161,9 @@ def file_items(parts: Sequence[Part], figures: Mapping[str, go.Figure]) -> list[
 
 def _cell(column: str, value: Any, top: float | None) -> str | Cell:
     """A cell as a person reads it, sorted by its number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
         return visible(str(value), 60) if "token" in column else str(value)
     if column in WHOLE:
         return Cell(f"{value:g}" if value == value else "n/a", value)

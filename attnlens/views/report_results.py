@@ -49,8 +49,10 @@ def _(sinks: Sinks) -> Part:
         what += f" ({rule}), the largest {len(found)} of {sinks.calibration_total:,}"
     else:
         what += f" ({rule})"
-    names = {"strongest_mass": "mass there", "strongest_rate": "sink rate there",
-             "strongest_token": "its token"}  # fmt: skip
+    names = {
+        "strongest": "strongest at", "strongest_mass": "mass there",
+        "strongest_rate": "sink rate there", "strongest_token": "its token",
+    }  # fmt: skip
     places = ("first_token", "sink_rate", "strongest", "strongest_token", "strongest_mass",
               "strongest_rate")  # fmt: skip
     return Part(
@@ -66,7 +68,8 @@ def _(sinks: Sinks) -> Part:
             "sinks": Drawn(show(sinks), CELLS),
             "sink-positions": Drawn(
                 show_sink_positions(sinks),
-                "Mean weight by position, from the rows that see the key.",
+                "Mean weight by position, from the rows that see the key. The last keys of a text "
+                "are seen by few rows, which look at what is near: their means are high.",
             ),
         },
         tables={
@@ -74,7 +77,10 @@ def _(sinks: Sinks) -> Part:
                 sinks.by_layer(), "sinks by layer", ("site", *places), names,
                 ("first_token", "sink_rate", "strongest_mass"),
             ),
-            "sinks-by-head": Table(sinks.to_frame(), "sinks by head", None),
+            "sinks-by-head": Table(
+                sinks.to_frame(), "sinks by head", ("head", *places), names,
+                ("first_token", "sink_rate", "strongest_mass"),
+            ),
             "sinks-by-position": Table(sinks.by_position(), "sinks by position", None),
             "calibration-sinks": Table(found, what, bars=("share",)),
         },
@@ -124,7 +130,7 @@ def _(result: RetrievalHeads) -> Part:
             "runs": Table(runs, "every run: what was asked for and what was answered",
                           bars=("recall",)),
         },
-        notes=result.notes,
+        notes=result.notes[1:],  # the first says what the first line says
     )  # fmt: skip
 
 
@@ -174,8 +180,8 @@ def _(massive: MassiveActivations) -> Part:
         prose=(
             "A few coordinates of the residual stream can be thousands of times the others, at few "
             "tokens and whatever the text; they go with attention sinks (Sun et al. 2024). A "
-            f"coordinate counts as massive over {massive.threshold:g} and {massive.ratio:g} times "
-            "the median of its text's stream."
+            f"coordinate counts as massive over {massive.threshold:,g} in size and over "
+            f"{massive.ratio:,g} times the median of its text's stream."
         ),
         figures={
             "massive-activations": Drawn(

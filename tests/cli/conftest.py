@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from attnlens.zoo.induction import induction_model
 from tests.tasks.models import gpt2_like
@@ -34,6 +34,21 @@ def wired_model(tmp_path_factory):
     """The hand-wired induction model as a folder; it has no tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "wired"
     induction_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_model(tmp_path_factory):
+    """A random BERT, which sees both sides."""
+    torch.manual_seed(0)
+    tokenizer = gpt2_like().tokenizer
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
