@@ -17,7 +17,7 @@ from torch import Tensor
 from attnlens.analyses.basin import DocumentPrompt, SlotObserver, pack_documents
 from attnlens.analyses.needle_runs import padded
 from attnlens.analyses.per_head import HeadTable
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.lens import Lens
@@ -117,6 +117,7 @@ def query_focused_heads(
     """
     if not examples or top < 1:
         raise InputError(f"{len(examples)} examples and top={top}: give 1 of each at least.")
+    check_bootstrap(resamples, confidence)
     packed = [
         example
         if isinstance(example, QueryExample)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnlens.analyses.needle_runs import Run, answered, decoding_sites, retrieval_score
 from attnlens.analyses.per_head import HeadTable
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.uncertainty import bootstrap_mean, check_bootstrap
 from attnlens.anatomy import Head
 from attnlens.errors import InputError
 from attnlens.lens import Lens
@@ -46,7 +46,7 @@ class RetrievalSettings:
         resamples, confidence: of the bootstrap.
 
     Raises:
-        InputError: a share outside 0 to 1, or an answer without steps.
+        InputError: a share outside 0 to 1, an answer without steps, or no resamples.
 
     """
 
@@ -64,6 +64,9 @@ class RetrievalSettings:
             raise InputError(f"recall={self.recall} is out of range: from 0 to below 1.")
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: an answer has 1 token at least.")
+        if not all(0 <= threshold <= 1 for threshold in self.thresholds):
+            raise InputError(f"thresholds={self.thresholds} are out of range: from 0 to 1.")
+        check_bootstrap(self.resamples, self.confidence)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.errors import InputError
 from attnlens.hooks.measure import join_ragged
 
@@ -85,6 +85,7 @@ class RunningMean:
         seed: int = 0,
         exact: int | None = None,
     ) -> None:
+        check_bootstrap(resamples, confidence)  # now, not after all texts
         self.resamples, self.confidence, self.seed = resamples, confidence, seed
         self.exact = EXACT_PROMPTS if exact is None else exact
         self.prompts = 0

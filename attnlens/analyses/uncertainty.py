@@ -21,6 +21,15 @@ class Interval(NamedTuple):
     high: Float[Tensor, "*statistic"]
 
 
+def check_bootstrap(resamples: int, confidence: float) -> None:
+    """Raise InputError for no resamples, or a confidence outside 0 to 1."""
+    if resamples < 1 or not 0 < confidence < 1:
+        raise InputError(
+            f"Cannot bootstrap with {resamples} resamples and confidence {confidence}: give a "
+            "resample at least, and 0 < confidence < 1."
+        )
+
+
 def bootstrap_mean(
     values: Float[Tensor, "prompt *statistic"],
     resamples: int = 1000,
@@ -59,11 +68,10 @@ def bootstrap_ratio(
         InputError: no prompts, no resamples, or a confidence outside 0 to 1.
 
     """
-    if numerators.ndim == 0 or not len(numerators) or resamples < 1 or not 0 < confidence < 1:
+    check_bootstrap(resamples, confidence)
+    if numerators.ndim == 0 or not len(numerators):
         raise InputError(
-            f"Cannot bootstrap values of shape {list(numerators.shape)} with {resamples} resamples "
-            f"and confidence {confidence}: give a prompt at least, a resample, and 0 < confidence "
-            "< 1."
+            f"Cannot bootstrap values of shape {list(numerators.shape)}: give a prompt at least."
         )
     shape = numerators.shape[1:]
     above = numerators.detach().double().cpu().reshape(len(numerators), shape.numel())

@@ -225,6 +225,10 @@ def test_settings_out_of_range_are_refused(wired: Lens) -> None:
         RetrievalSettings(recall=1)
     with pytest.raises(InputError, match="steps=0"):
         RetrievalSettings(steps=0)
+    with pytest.raises(InputError, match="thresholds="):
+        RetrievalSettings(thresholds=(0.1, 5))
+    with pytest.raises(InputError, match="Cannot bootstrap"):
+        RetrievalSettings(confidence=95)
     with pytest.raises(InputError, match="no needle"):
         retrieval_heads(wired, [])
     with pytest.raises(InputError, match="batch_size=0"):

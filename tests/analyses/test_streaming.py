@@ -497,6 +497,21 @@ def test_settings_that_make_no_sense_are_refused(lens: Lens, ids: Tensor) -> Non
         run_profile(al.load(lens.model), iter(TEXTS))
 
 
+def _unread() -> Iterator[str]:
+    raise AssertionError("a text was read")
+    yield ""
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"resamples": 0}])
+def test_a_bootstrap_that_makes_no_sense_is_refused_before_a_text_is_read(
+    lens: Lens, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="Cannot bootstrap"):
+        profile(lens, _unread(), **wrong)
+    with pytest.raises(InputError, match="Cannot bootstrap"):
+        sinks(lens, _unread(), SinkSettings(**wrong))
+
+
 def test_files_stream(lens: Lens, tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(TEXTS))
