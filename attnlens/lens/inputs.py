@@ -118,6 +118,7 @@ class Encoder:
         counts = any(hasattr(module, "get_rope_index") for module in model.modules())
         accepted = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in accepted and not counts
+        self.first_position = _first_position(model)
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
 
     @property
@@ -201,7 +202,8 @@ class Encoder:
         if not self.takes_positions or not isinstance(mask, Tensor) or mask.ndim != 2:
             return
         if not bool(mask[:, 0].all()) and "position_ids" not in prepared:
-            prepared["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            counted = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            prepared["position_ids"] = counted + self.first_position
 
     def _check(self, prepared: Mapping[str, Any]) -> None:
         for name in ("input_ids", "decoder_input_ids"):
@@ -262,6 +264,15 @@ class Encoder:
             self.tokenizer.convert_tokens_to_string([t]) if t is not None else str(i)
             for i, t in zip(ids, self.tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
         )
+
+
+def _first_position(model: nn.Module) -> int:
+    """Position of a text's first token: 0, or behind that of padding (RoBERTa)."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.padding_idx + 1
+    return 0
 
 
 def _stack_ids(rows: Sequence[Any]) -> Tensor:

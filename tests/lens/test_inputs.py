@@ -249,6 +249,19 @@ def test_statistics_as_a_table(lens: Lens) -> None:
     assert statistics["entropy"].stack().shape == (1, 2, 4)
 
 
+@pytest.mark.parametrize("name", ["roberta", "xlm_roberta", "bert"])
+def test_left_padding_moves_no_position(name: str) -> None:
+    lens = al.load(ARCHITECTURES[name].build(), check=False)
+    ids = torch.arange(20, 29)[None]
+    padded = {
+        "input_ids": torch.nn.functional.pad(ids, (3, 0), value=7),
+        "attention_mask": torch.tensor([[0] * 3 + [1] * 9]),
+    }
+    alone, beside = (lens.run(given, keep=("pattern",))["pattern"] for given in (ids, padded))
+    for site in lens.anatomy.sites:  # RoBERTa's first position is not 0
+        assert torch.allclose(beside[site.name][..., 3:, 3:], alone[site.name], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
 def test_positions_with_three_coordinates_are_left_to_the_model(name: str) -> None:
     architecture = ARCHITECTURES[name]
