@@ -20,6 +20,7 @@ from attnlens.analyses.uncertainty import Interval, bootstrap_mean
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import HeadError, InputError
 from attnlens.hooks.residual import Residual, Stream, streams_of
+from attnlens.hooks.tokens import Sides
 from attnlens.lens import Batch, Inputs, Lens
 from attnlens.lens.inputs import split
 
@@ -122,19 +123,21 @@ def visual_sinks(
     2025.
 
     Raises:
-        InputError: no image tokens, a channel that does not exist, or a threshold that no token can
-            pass (RMSNorm is at most the square root of the width).
+        InputError: no image tokens, no channels or one that does not exist, or a threshold that no
+            token can pass (RMSNorm is at most the square root of the width).
 
     """
+    if channels is not None:
+        _check_channels(channels)
     whole = lens.encode(inputs)
     image = image_positions(lens, whole, image_mask)
     anatomy = lens.anatomy_for(whole)
-    sites = text_sites(anatomy.layers(layers))
+    sites = language_sites(anatomy.layers(layers), whole.sides)
     notes = ["One prompt gives no interval over prompts; give several."] if whole.size < 2 else []
     if channels is None:
         names = [site.head(0) for site in sites]
         massive = massive_activations(lens, whole.inputs, layers=names, batch_size=batch_size)
-        channels = massive.channels()
+        channels = sorted({one.channel for one in massive.found})
         notes.append(
             "Two passes: the sink channels are those with massive activations (over "
             f"{massive.threshold:g} and {massive.ratio:g} times the median) on the same inputs."
@@ -175,6 +178,9 @@ def image_positions(
     if batch.ids is None:
         raise InputError("Image tokens are found among token ids, and this input has none.")
     if image_mask is not None:
+        if not isinstance(image_mask, Tensor):
+            kind = type(image_mask).__name__
+            raise InputError(f"image_mask is a {kind}; it must be a tensor of torch.bool.")
         if image_mask.shape != batch.ids.shape:
             raise InputError(
                 f"image_mask has shape {list(image_mask.shape)} and the token ids "
@@ -203,13 +209,30 @@ def image_positions(
     return found
 
 
-def text_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+def language_sites(sites: Sequence[Site], sides: Sides) -> tuple[Site, ...]:
     """The sites that work on the text's positions, among them those of images."""
-    found = tuple(site for site in sites if not site.stack.startswith(("vision", "audio")))
+    found = tuple(
+        site
+        for site in sites
+        if not site.stack.startswith(("vision", "audio"))
+        and (sides.decoder is None or sides.queries(site) is sides.text)
+    )
     if not found:
         names = ", ".join(site.name for site in sites)
-        raise HeadError(f"{names} work on images alone; name layers of the text.")
+        raise HeadError(
+            f"{names} do not read the text: they work on images alone, or write the answer in a "
+            "decoder. Name layers of the text."
+        )
     return found
+
+
+def _check_channels(channels: Sequence[int]) -> None:
+    if not isinstance(channels, Sequence) or not all(isinstance(c, int) for c in channels):
+        raise InputError(f"channels={channels!r} is no list of whole numbers.")
+    if not channels:
+        raise InputError(
+            "channels=[] leaves nothing to judge by; name one, or leave it out to have them found."
+        )
 
 
 @dataclass

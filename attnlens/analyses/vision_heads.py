@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.analyses.per_head import HeadTable, table_of
-from attnlens.analyses.vision import image_positions, text_sites
+from attnlens.analyses.vision import image_positions, language_sites
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.rows import Rows
@@ -93,7 +93,8 @@ def vision_aware_heads(
         start += part.size
         twice = doubled(part)
         anatomy = lens.anatomy_for(twice)
-        every, counted = text_sites(anatomy.sites), text_sites(anatomy.layers(layers))
+        every = language_sites(anatomy.sites, twice.sides)
+        counted = language_sites(anatomy.layers(layers), twice.sides)
         assert part.ids is not None
         compared = _Compared(every, part, image[prompts, : part.ids.shape[1]], rows)
         lens.observe(twice, compared)

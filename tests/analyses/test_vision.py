@@ -286,3 +286,28 @@ def test_an_encoder_and_decoder_are_refused() -> None:
     mask = torch.tensor([[True, False, False]])
     with pytest.raises(UnsupportedModelError, match="in an encoder"):
         vision_aware_heads(lens, [[5, 6, 7]], image_mask=mask)
+
+
+def test_the_decoder_of_an_encoder_has_no_image_tokens() -> None:
+    lens = al.load(ARCHITECTURES["bart"].build())
+    ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros_like(ids).bool()
+    mask[:, 2] = True
+    for length in (4, 7):
+        inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :length]}
+        found = visual_sinks(lens, inputs, channels=[1], threshold=2.0, image_mask=mask)
+        assert found.streams == ("enc.L0", "enc.L1", "enc.final")
+    with pytest.raises(HeadError, match="do not read the text"):
+        visual_sinks(lens, inputs, channels=[1], image_mask=mask, layers="dec.L0:")
+
+
+def test_masks_and_channels_of_another_kind_are_refused() -> None:
+    lens, inputs = opened("llava")
+    with pytest.raises(InputError, match="image_mask is a list"):
+        visual_sinks(lens, inputs, image_mask=[[True]])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"channels=\[1\.5\]"):
+        visual_sinks(lens, inputs, channels=[1.5], threshold=2.0)  # type: ignore[list-item]
+    with pytest.raises(InputError, match="channels=3 "):
+        visual_sinks(lens, inputs, channels=3, threshold=2.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"channels=\[\]"):
+        visual_sinks(lens, inputs, channels=[], threshold=2.0)
