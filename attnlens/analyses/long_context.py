@@ -70,12 +70,16 @@ def long_context_heads(
     """
     if not 0 < tau < 1:
         raise InputError(f"tau={tau} is out of range: between 0 and 1.")
-    if window < 1 or first < 0:
-        raise InputError(f"window={window}, first={first}: give window >= 1 and first >= 0.")
+    if not (isinstance(window, int) and isinstance(first, int) and window >= 1 and first >= 0):
+        raise InputError(
+            f"window={window}, first={first}: give whole numbers, window >= 1 and first >= 0."
+        )
     reducer = Where(LocalQueries(tau, window, first), within_sequence)
     measured = lens.measure(texts, reducer, layers, batch_size)
     counts = side_by_side(measured, "local_queries")
-    queries, local, called, both, mass, estimated_mass = counts.nan_to_num(0.0).unbind(-1)
+    # Sites without far keys count nothing; a head whose weights are NaN keeps its NaN.
+    counts = counts.masked_fill(counts[..., :1].isnan(), 0.0)
+    queries, local, called, both, mass, estimated_mass = counts.unbind(-1)
     if not queries.any():
         _refuse(measured, window, first)
     rates = {
@@ -146,8 +150,9 @@ class LocalQueries:
         mass = torch.linalg.vecdot(block.pattern, members)
         estimate = estimated_mass(block, members)
         local, called = mass <= 1 - self.tau, estimate <= 1 - self.tau
-        found = (torch.ones_like(local), local, called, local & called, mass, estimate)
-        for column, values in enumerate(found):
+        decided = torch.stack([local, called, local & called]).to(mass.dtype)
+        decided = decided.where(~mass.isnan(), torch.nan)
+        for column, values in enumerate((torch.ones_like(mass), *decided, mass, estimate)):
             kept = values.double().masked_fill(~counted[:, None], 0)  # padding may be NaN
             state[:, block.heads, column] += kept.sum(-1)
 

@@ -237,3 +237,21 @@ def test_texts_that_are_too_short_say_so(random_lens: Lens, ids: Tensor) -> None
     for settings_, text in (({"tau": 1.0}, "tau=1.0"), ({"window": 0}, "window=0")):
         with pytest.raises(InputError, match=text):
             long_context_heads(random_lens, ids, **settings_)
+
+
+def test_heads_whose_weights_are_nan_have_no_rates(ids: Tensor) -> None:
+    lens = al.load(tiny_gpt2())
+    with torch.no_grad():  # as after an overflow: L1H0 and all of the layers above are NaN
+        lens.model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan  # type: ignore[union-attr,index]
+    found = long_context_heads(lens, ids, window=3, first=1)
+    broken = torch.tensor([False] * 4 + [True] + [False] * 3 + [True] * 4)
+    for name in ("local", "accuracy", "far_mass", "estimated_far_mass"):
+        assert torch.equal(found[name].mean.isnan(), broken), name
+
+
+@pytest.mark.parametrize("changed", [{"window": 2.5}, {"first": 1.5}])
+def test_numbers_of_keys_are_whole(
+    random_lens: Lens, ids: Tensor, changed: dict[str, float]
+) -> None:
+    with pytest.raises(InputError, match="whole numbers"):
+        long_context_heads(random_lens, ids, **changed)  # type: ignore[arg-type]
