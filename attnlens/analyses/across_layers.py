@@ -69,13 +69,25 @@ def comparable_sites(lens: Lens, layers: HeadSpec | int | None) -> tuple[Site, .
     sites = lens.anatomy.layers(layers)
     stacks = tuple(dict.fromkeys(site.stack for site in sites))
     if len(stacks) > 1:
-        ways = ", ".join(f"layers={f'{stack}.L0:' if stack else 'L0:'!r}" for stack in stacks)
         raise InputError(
             "Heads are compared row by row, and the rows of "
             f"{', '.join(repr(stack) for stack in stacks)} are different tokens. Name the layers "
-            f"of one stack: {ways}."
+            f"of one stack: {ways_to_name(stacks)}."
         )
     return sites
+
+
+def ways_to_name(stacks: Sequence[str]) -> str:
+    """How `layers` names all layers of each of some stacks."""
+    return ", ".join(f"layers={f'{stack}.L0:' if stack else 'L0:'!r}" for stack in stacks)
+
+
+def check_rows(rows: int | None) -> None:
+    """Raise InputError unless it is a number of rows, or None for all."""
+    if rows is not None and not (isinstance(rows, int) and rows >= 1):
+        raise InputError(
+            f"rows={rows!r} is out of range: 1 or more rows of a prompt, None for all."
+        )
 
 
 def prompt_rows(
@@ -85,6 +97,8 @@ def prompt_rows(
 
     Without a batch size as many prompts run at a time as `HELD_BYTES` of queries and keys allow.
     """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give 1 or more.")
     whole = lens.encode(texts)
     element = next(lens.model.parameters()).element_size()
     token = element * sum(site.d_qk * (site.heads + site.groups) for site in sites)

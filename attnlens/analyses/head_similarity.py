@@ -14,7 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.across_layers import PromptRows, comparable_sites, prompt_rows
+from attnlens.analyses.across_layers import (
+    PromptRows,
+    check_rows,
+    comparable_sites,
+    prompt_rows,
+)
 from attnlens.analyses.clusters import Tree, plane, tree
 from attnlens.analyses.per_head import head_frame
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
@@ -161,6 +166,7 @@ def head_similarity(
     bootstrap = (resamples, confidence, seed)
     low, high = sums.bounds(*bootstrap)
     divergence = sums.mean()
+    _refuse_nan(divergence, heads)
     found = tree(divergence.sqrt().numpy(), linkage, clusters)
     points, shares = plane(divergence.numpy())
     return HeadSimilarity(
@@ -289,13 +295,24 @@ class _Sums:
 def _check(rows: int | None, clusters: int | None, linkage: str, heads: int) -> None:
     if heads < 2:
         raise InputError("These layers have one head, and there is nothing to compare it with.")
-    if rows is not None and rows < 1:
-        raise InputError(f"rows={rows} is out of range: 1 or more rows of a prompt, None for all.")
+    check_rows(rows)
     if clusters is not None and not 1 <= clusters <= heads:
         raise InputError(f"clusters={clusters} is out of range: 1 to {heads}, one for each head.")
     if linkage not in get_args(Linkage):
         raise InputError(
             f"There is no linkage {linkage!r}; choose {', '.join(map(repr, get_args(Linkage)))}."
+        )
+
+
+def _refuse_nan(divergence: Float[Tensor, "head head"], heads: Sequence[Head]) -> None:
+    """Raise where heads have no divergence from any other: no tree holds them."""
+    known = ~divergence.isnan()
+    lost = [head for head, some in zip(heads, known.sum(1) > 1, strict=True) if not some]
+    if lost:
+        raise InputError(
+            f"The weights hold NaN at {', '.join(dict.fromkeys(head.site for head in lost))}, so "
+            "these heads are like no others. Load the model in a dtype with a larger range, "
+            "bfloat16 or float32, or leave the layers out."
         )
 
 

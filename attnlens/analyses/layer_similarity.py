@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.across_layers import PromptRows, comparable_sites, prompt_rows
+from attnlens.analyses.across_layers import (
+    PromptRows,
+    check_rows,
+    comparable_sites,
+    prompt_rows,
+)
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError
@@ -99,8 +104,7 @@ def layer_similarity(
     sites = comparable_sites(lens, layers)
     if len(sites) < 2:
         raise InputError("Layers are compared with each other: name two at least.")
-    if rows is not None and rows < 1:
-        raise InputError(f"rows={rows} is out of range: 1 or more rows of a prompt, None for all.")
+    check_rows(rows)
     counted = 0
     found: dict[int, Float[Tensor, "kind site site"]] = {}
     for prompt in prompt_rows(lens, texts, sites, batch_size):

@@ -126,7 +126,14 @@ def product_singular_values(
     """
     small = torch.linalg.qr(left.double(), mode="r").R
     other = torch.linalg.qr(right.double(), mode="r").R
-    return torch.linalg.svdvals(small @ other.mT)
+    return singular_values(small @ other.mT)
+
+
+def singular_values(matrix: Float[Tensor, "*batch a b"]) -> Float[Tensor, "*batch value"]:
+    """Singular values; NaN for a matrix that holds NaN or infinity, at which torch raises."""
+    finite = matrix.isfinite().all(-1).all(-1)[..., None]
+    values = torch.linalg.svdvals(matrix.where(finite[..., None], 0))
+    return values.where(finite, torch.nan)
 
 
 def _qk(weights: HeadWeights) -> tuple[Tensor, Tensor]:
@@ -203,7 +210,7 @@ def _map_ranks(rule: Rows, queries: Sequence[int]) -> Float[Tensor, " head"]:
     for head in range(rule.shape[1]):
         own = rule.part(slice(head, head + 1)).dense(queries)[0, 0].double()
         seen = own[:, (own != 0).any(0)]  # columns of zeros, padding among them, change nothing
-        ranks.append(effective_rank(torch.linalg.svdvals(seen)).cpu())
+        ranks.append(effective_rank(singular_values(seen)).cpu())
     return torch.stack(ranks)
 
 

@@ -288,6 +288,9 @@ def test_windows_of_an_image_are_no_prompts() -> None:
     ("settings", "message"),
     [
         ({"rows": 0}, "rows=0"),
+        ({"rows": 1.5}, "rows=1.5"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
         ({"clusters": 13}, "1 to 12"),
         ({"linkage": "centroid"}, "'complete'"),
     ],
@@ -297,3 +300,12 @@ def test_settings_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         head_similarity(random_lens, ids, **settings)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_nan_are_refused_by_layer(ids: Tensor) -> None:
+    lens = al.load(tiny_gpt2())
+    with torch.no_grad():  # as after an overflow: all of the layers above are NaN
+        lens.model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan  # type: ignore[union-attr,index]
+    with pytest.raises(InputError, match="NaN at L1, L2"):
+        head_similarity(lens, ids)
+    assert head_similarity(lens, ids, layers="L0").prompts == 2

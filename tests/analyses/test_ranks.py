@@ -150,3 +150,7 @@ def test_a_map_over_the_budget_is_refused_with_what_fits(random_lens: Lens, ids:
     with pytest.raises(BudgetError, match="texts to 6 tokens"):
         head_ranks(random_lens, ids, budget=24 * 36)
     head_ranks(random_lens, ids[:, :6], budget=24 * 36)
+
+
+def test_nan_has_no_rank() -> None:
+    assert effective_rank(product_singular_values(*2 * [torch.full((3, 2), torch.nan)])).isnan()
