@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attnlens.analyses.across_layers import ways_to_name
 from attnlens.analyses.per_head import (
     Where,
     head_frame,
@@ -149,21 +150,29 @@ def rhythm(
         window=window,
         horizon=horizon,
         prompts=len(batch.lengths),
-        notes=_notes(first.anatomy, heads, len(batch.lengths), horizon),
+        notes=_notes(first.anatomy, heads, distance.mean, len(batch.lengths), horizon),
     )
 
 
 def choose(
     heads: Sequence[Head], distance: Float[Tensor, " head"], share: float
 ) -> tuple[tuple[Head, ...], tuple[Head, ...]]:
-    """The `share` of the heads with the least distance and with the most, one of each at least."""
+    """The `share` of the heads with the least distance and with the most, one of each at least.
+
+    Heads whose distance is NaN are neither.
+    """
     if len(heads) < 2:
         raise InputError(
             f"There is a single head here, {heads[0]}; local and global heads need two to compare. "
             "Name more layers."
         )
-    order = distance.argsort(stable=True).tolist()
-    count = max(1, int(share * len(heads) + 1e-9))
+    order = [n for n in distance.argsort(stable=True).tolist() if not distance[n].isnan()]
+    if len(order) < 2:
+        raise InputError(
+            f"{len(heads) - len(order)} of {len(heads)} heads have no distance: their weights are "
+            "NaN. Load the model in a dtype with a larger range, bfloat16 or float32."
+        )
+    count = max(1, int(share * len(order) + 1e-9))
     return (
         tuple(heads[number] for number in order[:count]),
         tuple(heads[number] for number in order[::-1][:count]),
@@ -262,10 +271,16 @@ def rows_after(layout: Layout, low: int, high: int) -> Int[Tensor, "#batch key"]
 def _check(share: float, window: int, horizon: tuple[int, int]) -> None:
     if not 0 < share <= 0.5:
         raise InputError(f"share={share} is out of range: over 0, and .5 at most.")
-    if window < 1:
-        raise InputError(f"window={window} is out of range: 1 token or more.")
-    if not 0 <= horizon[0] <= horizon[1]:
-        raise InputError(f"horizon={horizon} is out of range: 0 <= nearest row <= farthest row.")
+    if not (isinstance(window, int) and window >= 1):
+        raise InputError(f"window={window!r} is out of range: 1 token or more.")
+    match horizon:
+        case (int() as low, int() as high) if 0 <= low <= high:
+            return
+        case _:
+            raise InputError(
+                f"horizon={horizon!r} is out of range: (nearest row, farthest row), 0 or more, the "
+                "farthest last."
+            )
 
 
 def _one_stack(measured: Statistics) -> str:
@@ -275,11 +290,15 @@ def _one_stack(measured: Statistics) -> str:
     stacks = list(dict.fromkeys(site.stack for site in own))
     if len(stacks) > 1:
         stacks = list(dict.fromkeys(site.stack for site in own if site.causal)) or stacks
-    if len(stacks) != 1:
-        names = ", ".join(stacks) if stacks else "cross-attention alone"
+    if not stacks:
         raise InputError(
-            f"The layers are of {names}; a curve runs over the tokens of one stack that attends to "
-            "itself. Name its layers: layers='enc.L0:'."
+            "These layers are cross-attention alone; a curve runs over the tokens of a stack that "
+            "attends to itself. Name its layers."
+        )
+    if len(stacks) > 1:
+        raise InputError(
+            "These layers are of several stacks, and a curve runs over the tokens of one. Name its "
+            f"layers: {ways_to_name(stacks)}."
         )
     return stacks[0]
 
@@ -308,7 +327,11 @@ def _tokens(lens: Lens, batch: Batch, anatomy: Anatomy, head: Head) -> tuple[tup
 
 
 def _notes(
-    anatomy: Anatomy, heads: Sequence[Head], prompts: int, horizon: tuple[int, int]
+    anatomy: Anatomy,
+    heads: Sequence[Head],
+    distance: Float[Tensor, " head"],
+    prompts: int,
+    horizon: tuple[int, int],
 ) -> tuple[str, ...]:
     sites = [anatomy[head.site] for head in heads]
     notes = [
@@ -319,6 +342,9 @@ def _notes(
         notes.append("Heads that see both sides: distances are |t - s|, FAI counts later rows.")
     if any(site.sinks for site in sites):
         notes.append("Learned sinks take a share of each row, which counts as no distance.")
+    unknown = int(distance.isnan().sum())
+    if unknown:
+        notes.append(f"{unknown} of {len(heads)} heads have no distance (NaN), so are no kind.")
     if prompts < 2:
         notes.append("One text gives no interval over texts; give several.")
     return tuple(notes)

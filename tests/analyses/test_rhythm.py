@@ -230,9 +230,33 @@ def test_settings_out_of_range_are_refused(random_lens: Lens, ids: Tensor) -> No
     for settings_, text in (
         ({"share": 0.6}, "share=0.6"),
         ({"window": 0}, "window=0"),
+        ({"window": 2.5}, "window=2.5"),
         ({"horizon": (5, 2)}, "horizon"),
+        ({"horizon": (5,)}, "horizon"),
+        ({"horizon": 5}, "horizon"),
+        ({"horizon": "59"}, "horizon"),
     ):
         with pytest.raises(InputError, match=text):
             rhythm(random_lens, ids, **settings_)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a single head"):
         choose([Head("", 0, 0)], torch.zeros(1), 0.3)
+
+
+def test_heads_without_a_distance_are_neither_local_nor_global(ids: Tensor) -> None:
+    lens = al.load(tiny_gpt2())
+    with torch.no_grad():  # as after an overflow: L1H0 and all of the layers above are NaN
+        lens.model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan  # type: ignore[union-attr,index]
+    found = rhythm(lens, ids, share=0.5, horizon=(1, 4))
+    assert {str(head) for head in found.local_heads + found.global_heads} < {
+        "L0H0", "L0H1", "L0H2", "L0H3", "L1H1", "L1H2", "L1H3"
+    }  # fmt: skip
+    assert len(found.local_heads) == len(found.global_heads) == 3
+    assert "5 of 12 heads have no distance (NaN)" in " ".join(found.notes)
+    assert not found.waad.isnan().any()
+
+
+def test_stacks_that_cannot_be_told_apart_are_named() -> None:
+    model = ARCHITECTURES["gemma3"].build()
+    inputs = ARCHITECTURES["gemma3"].inputs(model)
+    with pytest.raises(InputError, match=r"layers='vision\.L0:', layers='L0:'"):
+        rhythm(al.load(model, example=inputs), inputs)
