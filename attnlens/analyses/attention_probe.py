@@ -5,8 +5,9 @@ Clark et al. 2019, What does BERT look at? An analysis of BERT's attention, sect
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from attnlens.analyses.words import (
     WordTokens,
     arcs_of,
     batch_of,
+    check_key_pieces,
     measure_words,
     read_sentences,
     text_sites,
@@ -55,7 +57,8 @@ class ProbeSettings:
         resamples, confidence, seed: of the bootstrap over sentences; the seed draws the split, too.
 
     Raises:
-        InputError: a share of training sentences outside 0 to 1, a negative penalty.
+        InputError: a share of training sentences outside 0 to 1, a penalty that is negative or no
+            number, no steps, key_pieces that is neither.
 
     """
 
@@ -71,9 +74,11 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.train < 1 or self.penalty < 0:
+        check_key_pieces(self.key_pieces)
+        if not (0 < self.train < 1 and 0 <= self.penalty < math.inf and self.steps >= 1):
             raise InputError(
-                f"train={self.train}, penalty={self.penalty}: 0 < train < 1, 0 <= penalty."
+                f"train={self.train}, penalty={self.penalty}, steps={self.steps}: 0 < train < 1, "
+                "0 <= penalty, 1 <= steps."
             )
 
 
@@ -135,7 +140,7 @@ class AttentionProbe:
 
 def attention_probe(
     lens: Lens,
-    sentences: Sequence[Sentence],
+    sentences: Iterable[Sentence],
     settings: ProbeSettings | None = None,
     progress: Progress | None = None,
 ) -> AttentionProbe:
@@ -287,7 +292,7 @@ def fit(
 
 
 def _split(
-    lens: Lens, sentences: Sequence[Sentence], settings: ProbeSettings
+    lens: Lens, sentences: Iterable[Sentence], settings: ProbeSettings
 ) -> tuple[list[_Tree], list[_Tree], tuple[str, ...]]:
     """Training and test sentences, drawn at random, and notes on those that are left out."""
     kept, tokens, notes = read_sentences(lens, sentences)

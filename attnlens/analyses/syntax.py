@@ -6,7 +6,7 @@ Clark et al. 2019, What does BERT look at? An analysis of BERT's attention, sect
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,6 +24,7 @@ from attnlens.analyses.words import (
     Progress,
     WordTokens,
     arcs_of,
+    check_key_pieces,
     measure_words,
     read_sentences,
 )
@@ -64,8 +65,7 @@ class SyntaxSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.key_pieces not in ("sum", "mean"):
-            raise InputError(f"key_pieces is 'sum' or 'mean', not {self.key_pieces!r}.")
+        check_key_pieces(self.key_pieces)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SyntaxHeads:
 
 def syntax_heads(
     lens: Lens,
-    sentences: Sequence[Sentence],
+    sentences: Iterable[Sentence],
     relations: Sequence[str] | None = None,
     settings: SyntaxSettings | None = None,
     progress: Progress | None = None,
@@ -166,10 +166,10 @@ def syntax_heads(
 
     """
     settings = settings or SyntaxSettings()
-    sentences, tokens, notes = read_sentences(lens, sentences)
+    kept, tokens, notes = read_sentences(lens, sentences)
     least = settings.least if relations is None else 1
-    names = _relations(sentences, relations, least)
-    heads, arcs = _collect(lens, sentences, tokens, settings, progress)
+    names = _relations(kept, relations, least)
+    heads, arcs = _collect(lens, kept, tokens, settings, progress)
     earlier = any(lens.anatomy[site].causal for site in {head.site for head in heads})
     entries = [
         _score(arcs, name, direction, earlier, least, settings)
@@ -179,7 +179,7 @@ def syntax_heads(
     return SyntaxHeads(
         heads=heads,
         found=tuple(entry for entry in entries if entry is not None),
-        sentences=len(sentences) // 2 if settings.split else len(sentences),
+        sentences=len(kept) // 2 if settings.split else len(kept),
         settings=settings,
         notes=(*notes, *_notes(len(heads), earlier, settings)),
     )

@@ -6,9 +6,9 @@ the pieces of a word are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -77,8 +77,14 @@ def tokenise_words(lens: Lens, sentences: Sequence[Sequence[str]]) -> tuple[Word
     )
 
 
+def check_key_pieces(given: str) -> None:
+    """Raise InputError unless it says how weights to the pieces of a word are put together."""
+    if given not in get_args(KeyPieces):
+        raise InputError(f"key_pieces is 'sum' or 'mean', not {given!r}.")
+
+
 def read_sentences(
-    lens: Lens, sentences: Sequence[Sentence]
+    lens: Lens, sentences: Iterable[Sentence]
 ) -> tuple[list[Sentence], list[WordTokens], tuple[str, ...]]:
     """The sentences that fit into the model, their tokens, and notes on what is left out.
 
@@ -86,7 +92,8 @@ def read_sentences(
         InputError: no sentences, none that fits, or what `tokenise_words` raises.
 
     """
-    if not len(sentences) or not all(isinstance(sentence, Sentence) for sentence in sentences):
+    sentences = tuple(sentences)
+    if not sentences or not all(isinstance(sentence, Sentence) for sentence in sentences):
         raise InputError("Give sentences, one at least, as al.tasks.read_conllu(path) reads them.")
     read = tokenise_words(lens, [sentence.words for sentence in sentences])
     limit = lens.context or max(len(tokens.ids) for tokens in read)
@@ -185,6 +192,8 @@ def measure_words(
     The reducer is made for each batch from the word of each token. Sentences of similar length run
     together, so they come in another order.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give 1 or more.")
     order = sorted(range(len(sentences)), key=lambda number: len(sentences[number].ids))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]

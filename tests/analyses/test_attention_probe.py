@@ -173,6 +173,12 @@ def test_what_is_refused() -> None:
         attention_probe(lens, [chain(["w1", "w2"]), chain(["w3"])])
     with pytest.raises(InputError, match="train=1"):
         ProbeSettings(train=1.0)
+    with pytest.raises(InputError, match="penalty=nan"):
+        ProbeSettings(penalty=math.nan)
+    with pytest.raises(InputError, match="steps=0"):
+        ProbeSettings(steps=0)
+    with pytest.raises(InputError, match="'sum' or 'mean'"):
+        ProbeSettings(key_pieces="max")  # type: ignore[arg-type]
     found = attention_probe(lens, [repeated(5, 0)] * 4, ProbeSettings(resamples=5))
     with pytest.raises(InputError, match="there is attention probe"):
         found["words"]

@@ -176,3 +176,15 @@ def test_layers_without_text_are_refused() -> None:
     tokens = tokenise_words(lens, [WORDS])
     with pytest.raises(InputError, match="text stack"):
         list(measure_words(lens, tokens, WordMap, layers="cross.L0"))
+
+
+def test_sentences_may_be_read_once() -> None:
+    sentences, _, _ = read_sentences(opened("bert"), iter([chain(["a", "b"])]))  # type: ignore[arg-type]
+    assert len(sentences) == 1
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_nothing_are_refused(size: int) -> None:
+    lens = opened("bert")
+    with pytest.raises(InputError, match=f"batch_size={size}"):
+        list(measure_words(lens, tokenise_words(lens, [WORDS]), WordMap, batch_size=size))
