@@ -5,7 +5,7 @@ Yi et al. 2025, Attention basin: why contextual position matters in large langua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,10 @@ class AttentionBasin:
             InputError: not one finite relevance a slot.
 
         """
-        scores = torch.tensor(relevance, dtype=torch.float64)
+        try:
+            scores = torch.tensor(relevance, dtype=torch.float64)
+        except (TypeError, ValueError):
+            scores = torch.tensor(torch.nan)
         if scores.shape != (self.slots,) or not scores.isfinite().all():
             raise InputError(
                 f"relevance={list(relevance)} is no finite number for each of {self.slots} "
@@ -164,7 +167,7 @@ class AttentionBasin:
 
 def attention_basin(
     lens: Lens,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     rotate: bool = False,
     opening: str = "",
     joint: str = "\n\n",
@@ -185,6 +188,9 @@ def attention_basin(
         InputError: no examples, unequal numbers of slots, or `rotate` without texts.
 
     """
+    examples = tuple(examples)
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give 1 or more.")
     prompts = [
         prompt for example in examples for prompt in _prompts(lens, example, rotate, opening, joint)
     ]
@@ -287,7 +293,14 @@ def _prompts(
         if rotate:
             raise InputError("rotate=True moves documents, so it needs them as texts, not as ids.")
         return [example]
-    documents, query = list(example[0]), example[1]
+    match example:
+        case (Sequence() as given, str() as query) if not isinstance(given, str):
+            documents = list(given)
+        case _:
+            raise InputError(
+                f"An example is a list of documents and a query, (['...', '...'], '...'), or a "
+                f"DocumentPrompt; not {example!r:.80}."
+            )
     turns = range(len(documents)) if rotate else range(1)
     return [
         pack_documents(lens, documents[turn:] + documents[:turn], query, opening, joint)

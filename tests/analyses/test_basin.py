@@ -260,3 +260,22 @@ def test_what_cannot_be_packed_or_measured_is_refused(random_lens: Lens) -> None
     ):
         with pytest.raises(InputError, match="one after the other"):
             DocumentPrompt((1, 2, 3, 4), slots, query)
+
+
+def test_texts_in_the_place_of_documents_are_refused() -> None:
+    for examples in ([("one", "two")], (DOCUMENTS, QUERY), "one", [5], [(DOCUMENTS,)]):
+        with pytest.raises(InputError, match="list of documents and a query"):
+            attention_basin(small(), examples)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch_size=0"):
+        attention_basin(small(), [(DOCUMENTS, QUERY)], batch_size=0)
+
+
+def test_examples_may_be_read_once() -> None:
+    found = attention_basin(small(), iter([(DOCUMENTS, QUERY)] * 2), resamples=2)
+    assert found.prompts == 2
+
+
+def test_relevance_that_is_no_number_is_refused() -> None:
+    found = attention_basin(small(), [(DOCUMENTS, QUERY)], resamples=2)
+    with pytest.raises(InputError, match="no finite number"):
+        found.reorder(["high"] * found.slots)  # type: ignore[list-item]
