@@ -198,6 +198,11 @@ def _properties(lens: Lens, batch: Batch, given: Property) -> list[Bool[Tensor, 
         real = torch.ones_like(batch.ids).bool() if batch.real is None else batch.real
         ids = [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, real, strict=True)]
         given = [given(own, texts) for own, texts in zip(ids, batch.tokens, strict=True)]
+    if not isinstance(given, (Sequence, Tensor)):
+        raise InputError(
+            f"The property is {type(given).__name__}; give a function of a prompt's token ids and "
+            "texts, or a tensor of torch.bool a prompt."
+        )
     if len(given) != batch.size:
         raise InputError(
             f"There are {len(given)} properties and {batch.size} prompts; give one a prompt."

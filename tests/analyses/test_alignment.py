@@ -168,6 +168,8 @@ def test_what_is_refused(random_lens: Lens) -> None:
     texts = prompts(5, 5)
     with pytest.raises(InputError, match="threshold=0"):
         property_alignment(random_lens, texts, matching, 0.0)
+    with pytest.raises(InputError, match="property is NoneType"):
+        property_alignment(random_lens, texts, None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="1 properties and 2 prompts"):
         property_alignment(random_lens, texts, [torch.ones(5, 5).bool()])
     with pytest.raises(InputError, match=r"prompt 0 is torch.float32"):
