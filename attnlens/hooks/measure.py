@@ -74,7 +74,10 @@ class Measure:
 
 def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """The rows of one call as blocks for reducers: each row of each head once."""
-    rows = replace(rows, key=rows.key.contiguous())
+    query, real = rows.query, layout.query_tokens.real
+    if real is not None:  # a model may make NaN of padding, and 0 times NaN is no 0
+        query = query.masked_fill(~real[:, None, :, None], 0)
+    rows = replace(rows, query=query, key=rows.key.contiguous())
     for part, tiles in rows.tiles(block_bytes):
         keys = rows.keys_seen(part)
         for heads in tiles:

@@ -307,6 +307,18 @@ def test_measure_orders_and_fills_prompts() -> None:
     assert_equal(two["columns"]["L1"][2], alone["columns"]["L1"][0], "columns")
 
 
+def test_nan_that_a_model_makes_of_padding_stays_there() -> None:
+    # In float64 the eager kernel turns rows of a window that holds nothing but padding into NaN.
+    lens = al.load(ARCHITECTURES["gemma2"].build().double(), check=False)
+    ids = torch.randint(4, 40, (2, 14), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    both = lens.measure({"input_ids": ids, "attention_mask": mask}, al.ColumnMass())["columns"]
+    alone = lens.measure(ids[1:, :3], al.ColumnMass())["columns"]
+    for site in lens.anatomy.sites:
+        assert torch.allclose(both[site.name][1, :, :3], alone[site.name][0], atol=1e-6)
+
+
 def test_two_reducers_of_one_name_are_refused() -> None:
     subject = lens("gpt2")
     with pytest.raises(InputError, match="Two reducers are named 'offset'"):
