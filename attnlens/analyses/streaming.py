@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from attnlens.analyses.per_head import side_by_side
 from attnlens.analyses.saved import Consumed, check_same, fingerprint, read_state, write_state
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.errors import FileError, InputError
-from attnlens.hooks.reducers import Reducer
+from attnlens.hooks.reducers import FirstTokenMass, Reducer
 from attnlens.lens import Inputs, Lens, Statistics
 from attnlens.lens.inputs import split
 
@@ -91,7 +92,7 @@ class Tally(Protocol):
         ...
 
     def begin(self, window: Window) -> Sequence[Reducer]:
-        """What to measure in a window."""
+        """What to measure in a window; the first token's mass is among it."""
         ...
 
     def add(self, measured: Statistics, prompts: Int[Tensor, " prompt"]) -> None:
@@ -115,19 +116,32 @@ class Counted:
     cut: int = 0
     shortest: int = 0
     longest: int = 0
+    unknown: int = 0
+    """Prompts of which the model made NaN."""
 
-    def add(self, lengths: Sequence[int]) -> None:
+    def add(self, measured: Statistics) -> None:
         """Count one batch."""
+        lengths = measured.lengths
         least = min(lengths, default=0)
         self.shortest = min(self.shortest, least) if self.prompts else least
         self.longest = max(self.longest, *lengths)
         self.prompts += len(lengths)
+        # Every prompt has this statistic at every site.
+        self.unknown += int(side_by_side(measured, FirstTokenMass.name).isnan().any(1).sum())
 
     def notes(self, max_tokens: int | None) -> tuple[str, ...]:
-        """How many texts were cut, where some were."""
-        if not self.cut:
-            return ()
-        return (f"{self.cut} of {self.prompts} texts were cut to their first {max_tokens} tokens.",)
+        """How many texts were cut or gave NaN, where some did."""
+        notes: list[str] = []
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {self.prompts} texts were cut to their first {max_tokens} tokens."
+            )
+        if self.unknown:
+            notes.append(
+                f"{self.unknown} of {self.prompts} texts gave NaN at some heads, whose numbers "
+                "leave them out: the model overflows, or makes NaN of padding (batch_size=1)."
+            )
+        return tuple(notes)
 
 
 def fold(
@@ -213,7 +227,7 @@ class _Run:
         for inputs, prompts in window.parts:
             measured = self._lens.measure(inputs, reducers, self._layers, max(len(prompts), 1))
             self._tally.add(measured, prompts)
-            self.counted.add(measured.lengths)
+            self.counted.add(measured)
             self._report()
         self.counted.cut += window.cut
 

@@ -497,6 +497,22 @@ def test_settings_that_make_no_sense_are_refused(lens: Lens, ids: Tensor) -> Non
         run_profile(al.load(lens.model), iter(TEXTS))
 
 
+@both
+def test_texts_of_which_the_model_makes_nan_are_counted_in_the_notes(
+    method: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_gpt2()
+    broken = al.load(model, tokenizer=words_tokenizer(), check=False)
+    with torch.no_grad():
+        model.transformer.wte.weight[20] = torch.nan
+    texts = ["w7 w8", "w9 w20", "w10 w11 w12"]
+    found = method(broken, texts, batch_size=1, state=tmp_path / "state")
+    assert any(note.startswith("1 of 3 texts gave NaN") for note in found.notes)
+    again = method(broken, texts, batch_size=1, state=tmp_path / "state")
+    assert again.notes == found.notes
+    assert not any("NaN" in note for note in method(broken, texts[::2]).notes)
+
+
 def _unread() -> Iterator[str]:
     raise AssertionError("a text was read")
     yield ""
