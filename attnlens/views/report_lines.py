@@ -31,7 +31,7 @@ def retrieval_lines(result: RetrievalHeads) -> tuple[str, ...]:
         f"{result.settings.recall:g}); mean recall {number_text(recall)}."
     )
     if not result.prompts:
-        return (line,)
+        return (line, *result.notes[1:])
     weak, strong = sorted(result.settings.thresholds)
     lines = [line, _over("strong retrieval head", result, result.strong, strong)]
     if len(result.weak) > len(result.strong):

@@ -116,13 +116,18 @@ def _(result: RetrievalHeads) -> Part:
         figures={
             "retrieval": Drawn(
                 show(result),
-                "Left: the score of each head. Right: how much of the needle the answers hold.",
+                (
+                    "Left: the score of each head. "
+                    if result.prompts
+                    else "Left: no head has a score, since no run counts. "
+                )
+                + "Right: how much of the needle the answers hold.",
             )
         },
         tables={
             "retrieval-heads": Table(
                 frame.reset_index(drop=True), "retrieval scores by head",
-                ("head", "score", "score_low", "score_high", "active"),
+                ("head", "score", "score_low", "score_high", "active") if result.prompts else None,
                 {"score_low": "from", "score_high": "to", "active": "copies in (share of runs)"},
                 ("score",),
             ),
@@ -130,7 +135,7 @@ def _(result: RetrievalHeads) -> Part:
             "runs": Table(runs, "every run: what was asked for and what was answered",
                           bars=("recall",)),
         },
-        notes=result.notes[1:],  # the first says what the first line says
+        notes=result.notes[1:] if result.prompts else (),  # the lines say the others
     )  # fmt: skip
 
 

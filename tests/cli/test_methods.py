@@ -246,3 +246,24 @@ def test_times_and_counts_are_written_as_people_write_them():
     assert counts(1024, None) == "1,024"
     assert clock(200.7) == "0:03:20"
     assert clock(None) == "0:00:00"
+
+
+def test_long_lines_are_read_in_pieces(run, tmp_path):
+    (tmp_path / "long.txt").write_text(" ".join(LINES) + "\nA short one.\n")
+    given = ["sinks", small_path(), "--file", tmp_path / "long.txt", "--lines", "--max-tokens", 40]
+    code, said, _ = run(*given, "--cut", "--out", tmp_path / "pieces")
+    assert code == 0
+    count = int(re.search(r"Read: (\d+) texts", said)[1])
+    tokens = len(al.load(small_path()).tokenizer(" ".join(LINES))["input_ids"])
+    assert count > tokens / 40 + 1
+    assert "were cut" not in said
+
+
+def test_a_file_of_separated_texts_has_a_limit_too(run, tmp_path):
+    (tmp_path / "texts.txt").write_text("<|endoftext|>".join(LINES))
+    code, said, _ = run(
+        "sinks", small_path(), "--file", tmp_path / "texts.txt", "--limit", 3,
+        "--out", tmp_path / "few",
+    )  # fmt: skip
+    assert code == 0
+    assert "Read: 3 texts." in said
