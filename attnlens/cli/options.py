@@ -62,7 +62,7 @@ File = Annotated[
     typer.Option(
         help="What the model reads; a built-in text where not given. A UTF-8 text, of which "
         "several are separated by <|endoftext|>; with --lines one text a line; or a Parquet file, "
-        "a folder of them, or a dataset saved on disk: a text a row.",
+        "a folder of them, or a dataset saved on disk (the folder of one split): a text a row.",
         rich_help_panel=TEXTS,
     ),
 ]
@@ -70,8 +70,8 @@ Corpus = Annotated[
     Path,
     typer.Option(
         help="A UTF-8 text, of which several are separated by <|endoftext|>; with --lines one "
-        "text a line; or a Parquet file, a folder of them, or a dataset saved on disk: a text a "
-        "row.",
+        "text a line; or a Parquet file, a folder of them, or a dataset saved on disk (the folder "
+        "of one split): a text a row.",
         rich_help_panel=TEXTS,
     ),
 ]
