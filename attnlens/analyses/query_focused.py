@@ -30,7 +30,8 @@ class QueryExample:
     """Documents under a query and under one that asks for nothing, and which answer the query.
 
     Raises:
-        InputError: prompts of different numbers of documents, or a gold document that is none.
+        InputError: prompts of different numbers of documents, or a gold document that is none or is
+            named twice.
 
     """
 
@@ -49,6 +50,8 @@ class QueryExample:
             raise InputError(
                 f"gold={list(self.gold)}: name documents by number, from 0 to {documents - 1}."
             )
+        if len(set(self.gold)) < len(self.gold):
+            raise InputError(f"gold={list(self.gold)}: name each document once.")
 
 
 Example = QueryExample | tuple[Sequence[str], str, int | Sequence[int]]
@@ -115,15 +118,11 @@ def query_focused_heads(
         TaskError: texts without a tokenizer, or one without offsets.
 
     """
+    examples = list(examples)
     if not examples or top < 1:
         raise InputError(f"{len(examples)} examples and top={top}: give 1 of each at least.")
     check_bootstrap(resamples, confidence)
-    packed = [
-        example
-        if isinstance(example, QueryExample)
-        else query_example(lens, *example, null_query, opening, joint)
-        for example in examples
-    ]
+    packed = [_packed(lens, example, null_query, opening, joint) for example in examples]
     sites = _sites(lens, layers)
     asked, null = _masses(lens, packed, sites)
     golds = tuple(example.gold for example in packed)
@@ -163,7 +162,20 @@ def query_example(
     asked, null = (
         pack_documents(lens, documents, text, opening, joint) for text in (query, null_query)
     )
-    return QueryExample(asked, null, (gold,) if isinstance(gold, int) else tuple(gold))
+    return QueryExample(asked, null, tuple(gold) if isinstance(gold, Sequence) else (int(gold),))
+
+
+def _packed(
+    lens: Lens, example: Example, null_query: str, opening: str, joint: str
+) -> QueryExample:
+    if isinstance(example, QueryExample):
+        return example
+    if not isinstance(example, Sequence) or len(example) != 3 or isinstance(example[0], str):
+        raise InputError(
+            f"{str(example)[:60]!r} is no example: give (documents, query, gold), where documents "
+            "is a list of texts and gold the number, or numbers, of those that answer the query."
+        )
+    return query_example(lens, *example, null_query, opening, joint)
 
 
 def _sites(lens: Lens, layers: HeadSpec | None) -> tuple[Site, ...]:

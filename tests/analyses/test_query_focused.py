@@ -136,8 +136,15 @@ def test_what_is_no_example_is_refused(small: Lens) -> None:
         QueryExample(example.prompt, example.null, (3,))
     with pytest.raises(InputError, match="3 documents and the null query's 2"):
         QueryExample(example.prompt, wired_example(0, 2).null, (0,))
-    with pytest.raises(InputError, match="0 examples"):
-        query_focused_heads(small, [])
+    with pytest.raises(InputError, match="each document once"):
+        QueryExample(example.prompt, example.null, (0, 0))
+    documents = ["Tom had a red ball.", "Sam ran."]
+    for wrong in ((documents, "what"), ("Tom had a ball.", "what", 0), 7, documents):
+        with pytest.raises(InputError, match="documents, query, gold"):
+            query_focused_heads(small, [wrong])  # type: ignore[list-item]
+    for none in ([], iter(())):
+        with pytest.raises(InputError, match="0 examples"):
+            query_focused_heads(small, none)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="empty"):
         query_example(small, ["a text", " "], "where?", 0)
     with pytest.raises(TaskError, match="no tokenizer"):
