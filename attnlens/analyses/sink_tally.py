@@ -190,10 +190,14 @@ def calibration_threshold(rule: Rule, keys: Tensor) -> Tensor:
     return 5 / keys.double() if rule == "paper" else torch.full_like(keys, 0.1, dtype=torch.float64)
 
 
+def keys_are_text(head: Head) -> bool:
+    """Whether a head's keys are tokens of the text (or the whole input, where there is but one)."""
+    return head.stack in ("", "enc", "cross")
+
+
 def _token(measured: Statistics, head: Head, prompt: int, position: int) -> str:
     """Token text of a key; "" where the keys are no tokens of the text (a decoder, an image)."""
-    text_keys = head.stack in ("", "enc", "cross") and bool(measured.tokens)
-    own = measured.tokens[prompt] if text_keys else ()
+    own = measured.tokens[prompt] if keys_are_text(head) and measured.tokens else ()
     return own[position] if position < len(own) else ""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnlens.analyses.per_head import head_frame
 from attnlens.analyses.running import Method, method_note
-from attnlens.analyses.sink_tally import SinkSettings, SinkTally, SinkToken
+from attnlens.analyses.sink_tally import SinkSettings, SinkTally, SinkToken, keys_are_text
 from attnlens.analyses.streaming import Counted, Progress, Reading, Texts, fold
 from attnlens.analyses.uncertainty import Interval
 from attnlens.anatomy import Head
@@ -75,6 +75,9 @@ class Sinks:
         """The commonest token at a position, over the prompts; "" where tokens are unknown."""
         return self.tokens[position] if position < len(self.tokens) else ""
 
+    def _key_of(self, head: Head, position: int) -> str:
+        return self.token_at(position) if keys_are_text(head) else ""
+
     def to_frame(self) -> pd.DataFrame:
         """One row a head: first-token mass and sink rate, strongest sink, learned."""
         places = self.strongest
@@ -87,7 +90,10 @@ class Sinks:
                 "first_token_high": self.first_token.high,
                 "sink_rate": self.sink_rate[:, 0],
                 "strongest": places,
-                "strongest_token": [self.token_at(place) for place in places],
+                "strongest_token": [
+                    self._key_of(head, place)
+                    for head, place in zip(self.heads, places, strict=True)
+                ],
                 "strongest_mass": [float(self.share[h, places[h]]) for h in rows],
                 "strongest_rate": [float(self.sink_rate[h, places[h]]) for h in rows],
                 "learned": self.learned,
@@ -107,7 +113,7 @@ class Sinks:
                     "first_token": float(self.first_token.mean[own].mean()),
                     "sink_rate": float(self.sink_rate[own, 0].mean()),
                     "strongest": place,
-                    "strongest_token": self.token_at(place),
+                    "strongest_token": self._key_of(self.heads[own[0]], place),
                     "strongest_mass": float(self.share[own, place].mean()),
                     "strongest_rate": float(self.sink_rate[own, place].mean()),
                     "learned": float(self.learned[own].mean()),

@@ -136,6 +136,18 @@ def test_cross_attention_keys_are_the_encoders_text() -> None:
     assert found.share[decoder, 3:].isnan().all()
 
 
+def test_a_decoder_s_own_keys_are_not_named_by_the_encoder_s_text() -> None:
+    ids = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[8, 9]])}
+    found = sinks(architecture("bart"), ids)
+    frame = found.to_frame()
+    own = frame["head"].str.startswith("dec.")
+    assert own.any()
+    assert set(frame["strongest_token"][own]) == {""}
+    assert set(frame["strongest_token"][~own]) <= {"5", "6", "7"}
+    layers = found.by_layer()
+    assert set(layers["strongest_token"][layers["site"].str.startswith("dec.")]) == {""}
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match="'paper' or 'code'"):
         SinkSettings(rule="both")  # type: ignore[arg-type]
