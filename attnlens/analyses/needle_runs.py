@@ -99,11 +99,12 @@ def answered(
 ) -> Iterator[tuple[int, Run, Bool[Tensor, "row head"]]]:
     """Each prompt's number, its run, and which heads copied which written token from the span.
 
-    Prompts run `batch_size` at a time, those of similar length together, in that order. Heads are
-    those of the decoder's sites, side by side.
+    Prompts run `batch_size` at a time, those of similar length together, the longest first. Heads
+    are those of the decoder's sites, side by side.
     """
     sites = decoding_sites(lens)
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))
+    # The longest first: what does not fit is told before anything ran.
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         seen = LargestKeys(sites)

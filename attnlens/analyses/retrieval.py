@@ -166,8 +166,10 @@ def retrieval_heads(
     settings = settings or RetrievalSettings()
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: a batch has 1 prompt at least.")
-    places = _lengths(lens, settings.steps) if lengths is None else tuple(lengths)
-    hidden = _prompts(lens, needles, places, tuple(depths), prompts, settings.seed)
+    for name, given in (("lengths", lengths), ("depths", depths)):
+        if isinstance(given, (int, float)):
+            raise InputError(f"{name}={given}: give several, or a list of one.")
+    hidden = _prompts(lens, needles, lengths, tuple(depths), prompts, settings)
     found: dict[int, tuple[Run, Tensor]] = {}
     for number, run, copied in answered(lens, hidden, settings.steps, settings.stop, batch_size):
         needle = run.prompt.ids[slice(*run.prompt.span)]
@@ -183,29 +185,38 @@ def retrieval_heads(
 def _lengths(lens: Lens, steps: int) -> tuple[int, ...]:
     """A quarter to all of what the context leaves beside the answer; of 4096 without a limit."""
     room = (4096 if lens.context is None else min(lens.context, 4096)) - steps
-    return tuple(sorted({max(room * quarter // 4, 1) for quarter in (1, 2, 3, 4)}))
+    if room < 4:
+        raise InputError(
+            f"The model's context of {lens.context} tokens has no room for a text beside an answer "
+            f"of {steps}: give RetrievalSettings(steps=...) of fewer."
+        )
+    return tuple(room * quarter // 4 for quarter in (1, 2, 3, 4))
 
 
 def _prompts(
     lens: Lens,
     needles: Needles | None,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int] | None,
     depths: tuple[float, ...],
     prompts: int,
-    seed: int,
+    settings: RetrievalSettings,
 ) -> tuple[NeedlePrompt, ...]:
     """The prompts of any kind of needles."""
-    if needles is None:
-        built_in = hidden_tokens if lens.tokenizer is None else secret_words
-        return built_in(lens, lengths, depths, prompts, seed)
     if isinstance(needles, Task):
         return of_task(lens, needles)
-    given = [needles] if isinstance(needles, (Needle, NeedlePrompt)) else list(needles)
-    if not given or not all(isinstance(one, (Needle, NeedlePrompt)) for one in given):
+    given = () if needles is None else needles if isinstance(needles, Sequence) else (needles,)
+    valid = given and all(isinstance(one, (Needle, NeedlePrompt)) for one in given)
+    if needles is not None and not valid:
         raise InputError("There is no needle: give a Needle, NeedlePrompts, or a task with spans.")
+    if lengths is None and not (given and all(isinstance(one, NeedlePrompt) for one in given)):
+        lengths = _lengths(lens, settings.steps)
+    places = tuple(lengths or ())
+    if needles is None:
+        built_in = hidden_tokens if lens.tokenizer is None else secret_words
+        return built_in(lens, places, depths, prompts, settings.seed)
     found: list[NeedlePrompt] = []
     for one in given:
-        found += hide_needle(lens, one, lengths, depths) if isinstance(one, Needle) else [one]
+        found += hide_needle(lens, one, places, depths) if isinstance(one, Needle) else [one]
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -233,6 +234,26 @@ def test_settings_out_of_range_are_refused(wired: Lens) -> None:
         retrieval_heads(wired, [])
     with pytest.raises(InputError, match="batch_size=0"):
         retrieval_heads(wired, batch_size=0, lengths=(14,))
+
+
+def test_a_model_without_room_for_an_answer_is_told(wired: Lens) -> None:
+    with pytest.raises(InputError, match=r"context of 32 .* answer of 50"):
+        retrieval_heads(wired)
+
+
+def test_what_does_not_fit_is_told_before_anything_runs(wired: Lens) -> None:
+    prompts = hidden_tokens(wired, (14, 32), (0.5,), prompts=1)
+    with pytest.raises(InputError, match="pass the context of 32"):
+        retrieval_heads(
+            wired, prompts, settings=RetrievalSettings(steps=4), batch_size=1,
+            progress=lambda *_: pytest.fail("a prompt ran"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [{"lengths": 20}, {"lengths": (14,), "depths": 0.5}])
+def test_one_place_is_not_several(wired: Lens, places: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="several"):
+        retrieval_heads(wired, **places)
 
 
 def test_progress_counts_runs(wired: Lens) -> None:
