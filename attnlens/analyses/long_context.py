@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlens.analyses.per_head import HeadTable, Where, heads_of, side_by_side, within_sequence
-from attnlens.analyses.uncertainty import bootstrap_ratio
+from attnlens.analyses.uncertainty import bootstrap_ratio, check_bootstrap
 from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.block import Block
@@ -74,6 +74,7 @@ def long_context_heads(
         raise InputError(
             f"window={window}, first={first}: give whole numbers, window >= 1 and first >= 0."
         )
+    check_bootstrap(resamples, confidence)
     reducer = Where(LocalQueries(tau, window, first), within_sequence)
     measured = lens.measure(texts, reducer, layers, batch_size)
     counts = side_by_side(measured, "local_queries")
@@ -200,7 +201,7 @@ def estimated_mass(
     variance = torch.linalg.vecdot(spread, spread) / count.clamp_min(1)
     near = torch.linalg.vecdot(block.pattern, 1 - far)
     if block.sinks is not None:
-        near = near + 1 - block.row_sums
+        near = near + (1 - block.row_sums).clamp_min(0)  # bfloat16 rows may round to over 1
     # ln A = score - lse, for the largest weight as for any.
     lse = scores.amax(-1) - block.pattern.amax(-1).log()
     return torch.sigmoid(estimated_log_sum(count, mean, variance) - lse - near.log())

@@ -255,3 +255,13 @@ def test_numbers_of_keys_are_whole(
 ) -> None:
     with pytest.raises(InputError, match="whole numbers"):
         long_context_heads(random_lens, ids, **changed)  # type: ignore[arg-type]
+
+
+def test_rows_that_round_to_more_than_one_leave_a_sink_nothing() -> None:
+    lens = al.load(ARCHITECTURES["gpt_oss"].build().bfloat16())
+    ids = torch.randint(20, 60, (2, 15), generator=torch.Generator().manual_seed(0))
+    found = long_context_heads(lens, ids, window=3, first=1)
+    run = lens.run(ids, keep="pattern", dtype=torch.float64).pattern
+    assert any((own.sum(-1) > 1).any() for own in run.values())
+    estimated = found["estimated_far_mass"].mean
+    assert ((estimated >= 0) & (estimated <= 1)).all()
