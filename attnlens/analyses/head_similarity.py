@@ -22,7 +22,7 @@ from attnlens.analyses.across_layers import (
 )
 from attnlens.analyses.clusters import Tree, plane, tree
 from attnlens.analyses.per_head import head_frame
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
@@ -157,6 +157,7 @@ def head_similarity(
         InputError: layers of several stacks, fewer than two heads, or settings out of range.
 
     """
+    check_bootstrap(resamples, confidence)
     sites = comparable_sites(lens, layers)
     heads = tuple(site.head(number) for site in sites for number in range(site.heads))
     _check(rows, clusters, linkage, len(heads))
@@ -255,6 +256,11 @@ class _Sums:
     def prompts(self) -> int:
         return len(self._between)
 
+    @property
+    def kept(self) -> bool:
+        """Whether the prompts' matrices fitted, from which the bounds of each pair are taken."""
+        return self._kept is not None
+
     def add(self, number: int, divergence: Float[Tensor, "head head"], rows: int) -> None:
         """Take in one prompt's mean divergence over its rows."""
         self.rows += rows
@@ -322,6 +328,11 @@ def _notes(
     notes: list[str] = []
     if sums.prompts < 2:
         notes.append("One text gives no interval over texts; give several.")
+    if not sums.kept:
+        notes.append(
+            f"Pairs have no intervals: the matrices of {sums.prompts} texts take over "
+            f"{KEPT_BYTES:,} bytes. Give fewer texts, or fewer layers."
+        )
     if clusters is None:
         score = float(found.silhouette.mean())
         weak = ", which is weak: these heads form no clear groups" if score < WEAK else ""

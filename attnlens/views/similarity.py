@@ -178,14 +178,16 @@ def _points(similarity: HeadSimilarity, own: list[int]) -> go.Scatter:
 
 
 def _with_room(points: Float[np.ndarray, "head 2"]) -> list[bool]:
-    """Which heads have room for a name: none that is named already stands close by."""
+    """Which heads have room for a name: no point where it stands, no other name close by."""
     width = max(float(np.ptp(points, axis=0).max()), 1e-12)
-    named: list[bool] = []
-    for head, point in enumerate(points):
-        before = points[:head][np.array(named, dtype=bool)]
-        away = np.abs(before - point) / width
-        named.append(not bool(((away[:, 0] < 2 * APART) & (away[:, 1] < APART)).any()))
-    return named
+    named: list[int] = []
+    for head in np.argsort(-points[:, 1], kind="stable").tolist():
+        across, up = ((points - points[head]) / width).T
+        covered = (np.abs(across) < APART) & (up > 0) & (up < APART)
+        crowded = (np.abs(across) < 2 * APART) & (np.abs(up) < APART)
+        if not covered.any() and not crowded[named].any():
+            named.append(head)
+    return [head in named for head in range(len(points))]
 
 
 def _ordered(similarity: HeadSimilarity) -> go.Heatmap:

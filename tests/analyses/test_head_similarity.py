@@ -118,6 +118,8 @@ def test_small_blocks_and_small_room(
     assert small.high is None
     assert torch.allclose(small.layers.low, whole.layers.low)
     assert "divergence_low" not in small.pairs()
+    assert "Pairs have no intervals" in small.notes[0]
+    assert not any("Pairs have" in note for note in whole.notes)
 
 
 def test_sampled_rows_are_the_same_wherever_the_padding_is(random_lens: Lens) -> None:

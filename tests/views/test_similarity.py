@@ -7,6 +7,7 @@ import torch
 import attnlens as al
 from attnlens.errors import InputError
 from attnlens.views import show
+from attnlens.views.similarity import _with_room
 from tests.views.models import REPEATED, hand_wired, three_stacks
 
 TEXTS = [REPEATED, [0, 4, 8, 6, 2, 4, 8, 6, 2]]
@@ -58,6 +59,11 @@ def test_layers_beside_each_other():
     assert lines[0].error_y.array[0] == pytest.approx(
         float(found.matched.high[0, 1] - found.matched.mean[0, 1])
     )
+
+
+def test_names_cover_no_point_and_no_other_name():
+    under, above, beside, apart = [0.01, 0.97], [0.0, 1.0], [0.06, 1.0], [1.0, 0.0]
+    assert _with_room(np.array([under, above, beside, apart])) == [False, True, False, True]
 
 
 def test_ranks_have_a_grid_each_and_no_bounds_where_nothing_is_sampled():
