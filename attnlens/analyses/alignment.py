@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlens.analyses.per_head import HeadTable
-from attnlens.analyses.uncertainty import Interval, bootstrap_ratio
+from attnlens.analyses.uncertainty import Interval, bootstrap_ratio, check_bootstrap
 from attnlens.analyses.words import text_sites
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError
@@ -85,6 +85,7 @@ def property_alignment(
     """
     if not 0 < threshold <= 1:
         raise InputError(f"threshold={threshold} is out of range: over 0, at most 1.")
+    check_bootstrap(resamples, confidence)
     whole = lens.encode(inputs)
     sites = text_sites(lens, whole, layers)
     properties = _properties(lens, whole, property)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnlens.analyses.per_head import head_frame
 from attnlens.analyses.syntax import DIRECTIONS, Direction
-from attnlens.analyses.uncertainty import Interval, bootstrap_ratio
+from attnlens.analyses.uncertainty import Interval, bootstrap_ratio, check_bootstrap
 from attnlens.analyses.words import (
     KeyPieces,
     Progress,
@@ -75,6 +75,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         check_key_pieces(self.key_pieces)
+        check_bootstrap(self.resamples, self.confidence)
         if not (0 < self.train < 1 and 0 <= self.penalty < math.inf and self.steps >= 1):
             raise InputError(
                 f"train={self.train}, penalty={self.penalty}, steps={self.steps}: 0 < train < 1, "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.analyses.per_head import head_frame
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.hooks.rows import Rows
@@ -188,6 +188,7 @@ def attention_basin(
         InputError: no examples, unequal numbers of slots, or `rotate` without texts.
 
     """
+    check_bootstrap(resamples, confidence)
     examples = tuple(examples)
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give 1 or more.")

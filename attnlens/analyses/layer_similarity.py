@@ -19,7 +19,7 @@ from attnlens.analyses.across_layers import (
     comparable_sites,
     prompt_rows,
 )
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
@@ -101,6 +101,7 @@ def layer_similarity(
         InputError: layers of several stacks, fewer than two layers, or rows out of range.
 
     """
+    check_bootstrap(resamples, confidence)
     sites = comparable_sites(lens, layers)
     if len(sites) < 2:
         raise InputError("Layers are compared with each other: name two at least.")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.residual import Residual, Stream, streams_of
@@ -164,6 +164,7 @@ def massive_activations(
             f"threshold={threshold} and ratio={ratio} cannot be used: threshold is a magnitude "
             "above 0, ratio a multiple of the median, 1 or more."
         )
+    check_bootstrap(resamples, confidence)
     whole = lens.encode(texts)
     anatomy = lens.anatomy_for(whole)
     streams = streams_of(anatomy, anatomy.layers(layers))

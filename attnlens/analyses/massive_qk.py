@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.analyses.per_head import HeadTable, table_of
+from attnlens.analyses.uncertainty import check_bootstrap
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.anatomy.rotary import Rotary, tables
 from attnlens.errors import InputError, UnsupportedModelError
@@ -136,6 +137,7 @@ def massive_qk(
             f"threshold={threshold} cannot be used: it is a multiple of the median channel, so it "
             "lies above 1."
         )
+    check_bootstrap(resamples, confidence)
     whole = lens.encode(texts)
     anatomy = lens.anatomy_for(whole)
     sites = anatomy.layers(layers)

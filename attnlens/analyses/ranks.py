@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnlens.analyses.across_layers import prompt_rows
 from attnlens.analyses.per_head import HeadTable
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.uncertainty import bootstrap_mean, check_bootstrap
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.anatomy.weights import HeadWeights
 from attnlens.errors import BudgetError, UnsupportedModelError
@@ -82,6 +82,7 @@ def head_ranks(
         BudgetError: a map whose singular values take more than `budget` bytes.
 
     """
+    check_bootstrap(resamples, confidence)
     sites = lens.anatomy.layers(layers)
     heads = tuple(site.head(number) for site in sites for number in range(site.heads))
     weights = {site.name: lens.weights(site.name) for site in sites}

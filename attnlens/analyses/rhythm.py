@@ -21,7 +21,7 @@ from attnlens.analyses.per_head import (
     side_by_side,
     within_sequence,
 )
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import Anatomy, Head, HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.block import Block
@@ -125,6 +125,7 @@ def rhythm(
 
     """
     _check(share, window, horizon)
+    check_bootstrap(resamples, confidence)
     batch = lens.encode(texts)
     first = lens.measure(batch.inputs, Where(MeanDistance(), within_sequence), layers, batch_size)
     stack = _one_stack(first)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlens.analyses.per_head import head_frame
-from attnlens.analyses.uncertainty import Interval, bootstrap_ratio
+from attnlens.analyses.uncertainty import Interval, bootstrap_ratio, check_bootstrap
 from attnlens.analyses.words import (
     KeyPieces,
     LargestWord,
@@ -66,6 +66,7 @@ class SyntaxSettings:
 
     def __post_init__(self) -> None:
         check_key_pieces(self.key_pieces)
+        check_bootstrap(self.resamples, self.confidence)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.analyses.massive_activations import massive_activations
-from attnlens.analyses.uncertainty import Interval, bootstrap_mean
+from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import HeadError, InputError
 from attnlens.hooks.residual import Residual, Stream, streams_of
@@ -129,6 +129,7 @@ def visual_sinks(
     """
     if channels is not None:
         _check_channels(channels)
+    check_bootstrap(resamples, confidence)
     whole = lens.encode(inputs)
     image = image_positions(lens, whole, image_mask)
     anatomy = lens.anatomy_for(whole)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from attnlens.analyses.per_head import HeadTable, table_of
+from attnlens.analyses.uncertainty import check_bootstrap
 from attnlens.analyses.vision import image_positions, language_sites
 from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError, UnsupportedModelError
@@ -77,6 +78,7 @@ def vision_aware_heads(
     """
     if rows not in ("text", "last"):
         raise InputError(f"There are no rows {rows!r}; choose 'text' or 'last'.")
+    check_bootstrap(resamples, confidence)
     whole = lens.encode(inputs)
     if whole.sides.decoder is not None:
         raise UnsupportedModelError(
