@@ -281,8 +281,9 @@ class _Builder:
         text = what.haystack[: self.ends[keep]]
         place = self.ends[round(depth * keep)]
         if self.boundary == "sentence" and depth < 1:
-            stops = (match.end() for match in _SENTENCE_END.finditer(text, 0, place))
-            place = max(stops, default=0)
+            ends = (match.end() for match in _SENTENCE_END.finditer(text))
+            # The space behind a sentence may lie past the depth.
+            place = max((e for e in ends if len(text[:e].rstrip()) <= place), default=0)
         before = [part for part in (what.opening, text[:place].strip()) if part]
         after = [part for part in (text[place:].strip(), what.question) if part]
         lead = "".join(part + what.joint for part in before)

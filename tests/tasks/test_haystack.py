@@ -67,6 +67,16 @@ def test_the_needle_stands_after_the_last_sentence_before_its_depth() -> None:
     assert len(model.tokenizer(f"{before} {sentence}")["input_ids"]) > half
 
 
+def test_a_sentence_that_ends_right_at_the_depth_is_before_the_needle() -> None:
+    what = replace(FACT, haystack="Abcdefg. " * 60)
+    model = MODELS["bytes"]
+    for depth in (0.2, 0.35, 0.5, 0.65, 0.8):
+        (made,) = hide_needle(model, what, [240], [depth])
+        (token,) = hide_needle(model, what, [240], [depth], "token")
+        front, exact = (one.text.index(FACT.needle) for one in (made, token))
+        assert made.text[:front].count(".") == token.text[:exact].count(".")
+
+
 def test_numbers_end_no_sentence_and_an_opening_comes_first() -> None:
     what = replace(FACT, haystack="It is 3.14 or so. " * 40, opening="<user>\n", joint="\n")
     (made,) = hide_needle(MODELS["bytes"], what, [150], [0.4])
