@@ -19,6 +19,9 @@ from attnlens.hooks.seam import Call
 from attnlens.lens import Lens
 from attnlens.tasks import NeedlePrompt
 
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -127,14 +130,15 @@ def _graded(lens: Lens, prompt: NeedlePrompt, answer: tuple[int, ...]) -> Run:
     """A run with its recall: of words where the needle has text, else of tokens."""
     tokenizer: Any = lens.tokenizer
     text = "" if tokenizer is None else tokenizer.decode(list(answer), skip_special_tokens=True)
-    wanted = _words(prompt.answer)
+    wanted = words_of(prompt.answer)
     if wanted and tokenizer is not None:
-        return Run(prompt, answer, text, rouge_recall(wanted, _words(text)))
+        return Run(prompt, answer, text, rouge_recall(wanted, words_of(text)))
     return Run(prompt, answer, text, rouge_recall(prompt.ids[slice(*prompt.span)], answer))
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def words_of(text: str) -> list[str]:
+    """The words of a text; characters, where a script sets no spaces (Chinese, Japanese, Thai)."""
+    return _WORD.findall(text.lower())
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

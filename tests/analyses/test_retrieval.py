@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attnlens as al
-from attnlens.analyses.needle_runs import copied_tokens, retrieval_score, rouge_recall
+from attnlens.analyses.needle_runs import copied_tokens, retrieval_score, rouge_recall, words_of
 from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
 from attnlens.errors import InputError, TaskError
 from attnlens.hooks.rows import Rows
@@ -51,6 +51,11 @@ def test_recall_counts_each_word_as_often_as_it_is_said() -> None:
     assert rouge_recall(list("abac"), list("cax")) == 0.5
     assert rouge_recall(list("ab"), list("baba")) == 1
     assert rouge_recall([1, 1], []) == 0
+
+
+def test_recall_of_scripts_without_spaces_counts_characters() -> None:
+    assert words_of("The Red-Cat!") == ["the", "red", "cat"]
+    assert words_of("最好的 cat") == ["最", "好", "的", "cat"]
 
 
 def by_definition(
