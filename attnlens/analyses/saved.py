@@ -110,6 +110,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileError: the file is damaged, or is none of these.
 
     """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: give the name of a file in it.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

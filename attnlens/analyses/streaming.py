@@ -153,7 +153,7 @@ def fold(
 
     Raises:
         InputError: no text, an empty one, one over the context; a state of other texts, another
-            model or other settings.
+            model or other settings, or inside `lens.edit`.
         FileError: a state that is damaged or cannot be written.
 
     """
@@ -330,6 +330,11 @@ def _each(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _check(lens: Lens, reading: Reading) -> None:
+    if reading.state is not None and lens.edited:
+        raise InputError(
+            "A state does not know what is edited, so another call might go on from it with other "
+            "edits. Leave state out inside lens.edit."
+        )
     limit = lens.context
     if reading.max_tokens is not None and limit is not None and reading.max_tokens > limit:
         raise InputError(
@@ -364,6 +369,9 @@ def _tokenise(
             "(al.load(model, tokenizer=...)) or give token ids."
         )
     rows: list[list[int]] = lens.tokenizer(texts, verbose=False)["input_ids"]
+    empty = next((number for number, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        raise InputError(f"Text {first + empty} has no token: the tokenizer drops all of it.")
     limit = lens.context if max_tokens is None else max_tokens
     over = [i for i, row in enumerate(rows) if limit is not None and len(row) > limit]
     if limit is None or not over:

@@ -147,7 +147,7 @@ class Encoder:
             return self._tokenise([inputs])
         if isinstance(inputs, Tensor):
             return {"input_ids": inputs[None] if inputs.ndim == 1 else inputs}
-        if not isinstance(inputs, Sequence):
+        if not isinstance(inputs, Sequence) or isinstance(inputs, bytes):
             raise InputError(
                 f"Cannot read {type(inputs).__name__} as input: give a text, texts, token ids, or "
                 "the dictionary of a tokenizer or processor."
@@ -302,6 +302,8 @@ def split(batch: Batch, size: int, by_length: bool = True) -> tuple[list[Batch],
 
     Padding that no prompt of a part needs is cut off.
     """
+    if size < 1:
+        raise InputError(f"batch_size={size}: give 1 or more.")
     order = list(range(batch.size))
     if not _one_row_a_prompt(batch):
         # Patches of all images in one tensor: which prompt they belong to is the model's affair.

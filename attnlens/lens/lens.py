@@ -46,6 +46,7 @@ class Lens:
         self.anatomy: Anatomy = _examine(model, self._example, made_up=example is None)
         self._anatomies = {_modality(self._example): self.anatomy}
         self._encoder = Encoder(model, tokenizer, self.anatomy.context)
+        self._edits = 0
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +186,16 @@ class Lens:
         was; a block in which an edited site never ran raises SeamError.
         """
         with Session(self.model, self.anatomy, [Editor(self.anatomy, edits)]):
-            yield
+            self._edits += 1
+            try:
+                yield
+            finally:
+                self._edits -= 1
+
+    @property
+    def edited(self) -> bool:
+        """Whether a block of `edit` is running."""
+        return self._edits > 0
 
     def mean_z(self, inputs: Inputs, batch_size: int = 8) -> dict[str, Float[Tensor, "head d_v"]]:
         """Mean of every head's z over the real positions of a reference set, for `al.Mean`."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -385,7 +385,7 @@ def test_a_state_of_something_else_is_refused(lens: Lens, tmp_path: Path) -> Non
         sinks(lens, TEXTS, SinkSettings(0.3, "code", most=30, resamples=60), state=sunk)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "weights", "old", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "weights", "old"])
 def test_a_damaged_state_is_told(lens: Lens, damage: str, tmp_path: Path) -> None:
     path = tmp_path / "one.state"
     run_profile(lens, TEXTS[:20], state=path)
@@ -404,11 +404,30 @@ def test_a_damaged_state_is_told(lens: Lens, damage: str, tmp_path: Path) -> Non
             facts = json.loads(file.metadata()["facts"])
         del facts["counted"]
         saved.write_state(path, {}, facts)
-    else:
-        path.unlink()
-        path.mkdir()
     with pytest.raises(FileError, match=r"one\.state is damaged.* delete it"):
         run_profile(lens, TEXTS, state=path)
+
+
+def test_a_folder_is_no_state_and_nobody_is_told_to_delete_it(lens: Lens, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="is a folder") as caught:
+        run_profile(lens, TEXTS, state=tmp_path)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_state_cannot_tell_edits_apart(lens: Lens, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="inside lens"), lens.edit(al.Zero("L0H0")):
+        run_profile(lens, TEXTS, state=tmp_path / "state")
+    with pytest.raises(Stop), lens.edit(al.Zero("L0H0")):
+        raise Stop
+    run_profile(lens, TEXTS, state=tmp_path / "state")
+
+
+def test_a_text_without_a_token_is_told_by_its_number(lens: Lens) -> None:
+    words = words_tokenizer()
+    words.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(InputError, match="Text 1 has no token"):
+        run_profile(al.load(lens.model, tokenizer=words), ["w7", "z", "w8"])
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(lens: Lens, tmp_path: Path) -> None:

@@ -249,6 +249,13 @@ def test_statistics_as_a_table(lens: Lens) -> None:
     assert statistics["entropy"].stack().shape == (1, 2, 4)
 
 
+def test_bytes_are_no_token_ids_and_a_batch_has_a_prompt(lens: Lens) -> None:
+    with pytest.raises(InputError, match="Cannot read bytes"):
+        lens.encode(b"hello")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch_size=0"):
+        lens.measure([20, 21], al.Entropy(), batch_size=0)
+
+
 @pytest.mark.parametrize("name", ["roberta", "xlm_roberta", "bert"])
 def test_left_padding_moves_no_position(name: str) -> None:
     lens = al.load(ARCHITECTURES[name].build(), check=False)
