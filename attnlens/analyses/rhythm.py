@@ -14,15 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlens.analyses.across_layers import ways_to_name
-from attnlens.analyses.per_head import (
-    Where,
-    head_frame,
-    heads_of,
-    side_by_side,
-    within_sequence,
-)
+from attnlens.analyses.per_head import head_frame, side_by_side
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
-from attnlens.anatomy import Anatomy, Head, HeadSpec
+from attnlens.anatomy import Anatomy, Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.hooks.block import Block
 from attnlens.hooks.reducers import MeanDistance
@@ -127,12 +121,9 @@ def rhythm(
     _check(share, window, horizon)
     check_bootstrap(resamples, confidence)
     batch = lens.encode(texts)
-    first = lens.measure(batch.inputs, Where(MeanDistance(), within_sequence), layers, batch_size)
-    stack = _one_stack(first)
-    found = heads_of(first)
-    kept = [number for number, head in enumerate(found) if head.stack == stack]
-    heads = tuple(found[number] for number in kept)
-    distance = bootstrap_mean(side_by_side(first, "distance")[:, kept], resamples, confidence, seed)
+    heads = _of_one_stack(lens.anatomy_for(batch).layers(layers))
+    first = lens.measure(batch.inputs, MeanDistance(), heads, batch_size)
+    distance = bootstrap_mean(side_by_side(first, "distance"), resamples, confidence, seed)
     near, far = choose(heads, distance.mean, share)
     curves = (
         WindowedDistance(_by_site(near), window),
@@ -284,9 +275,11 @@ def _check(share: float, window: int, horizon: tuple[int, int]) -> None:
             )
 
 
-def _one_stack(measured: Statistics) -> str:
-    """The stack whose positions the curves run over: the causal one where there are several."""
-    sites = [measured.anatomy[name] for name in measured["distance"]]
+def _of_one_stack(sites: Sequence[Site]) -> tuple[Head, ...]:
+    """Heads of the stack whose tokens the curves run over: the causal one where there are several.
+
+    Cross-attention is left out.
+    """
     own = [site for site in sites if site.kind != "cross"]
     stacks = list(dict.fromkeys(site.stack for site in own))
     if len(stacks) > 1:
@@ -301,7 +294,9 @@ def _one_stack(measured: Statistics) -> str:
             "These layers are of several stacks, and a curve runs over the tokens of one. Name its "
             f"layers: {ways_to_name(stacks)}."
         )
-    return stacks[0]
+    return tuple(
+        site.head(head) for site in own if site.stack == stacks[0] for head in range(site.heads)
+    )
 
 
 def _by_site(heads: Sequence[Head]) -> dict[str, list[int]]:

@@ -222,7 +222,7 @@ def test_only_the_layers_of_chosen_heads_are_measured_again(
 
     monkeypatch.setattr(Lens, "measure", noting)
     found = rhythm(random_lens, ids, share=0.05)
-    assert asked == [None, found.local_heads + found.global_heads]
+    assert asked == [found.heads, found.local_heads + found.global_heads]
     assert "Two passes" in found.notes[0]
 
 
@@ -260,3 +260,13 @@ def test_stacks_that_cannot_be_told_apart_are_named() -> None:
     inputs = ARCHITECTURES["gemma3"].inputs(model)
     with pytest.raises(InputError, match=r"layers='vision\.L0:', layers='L0:'"):
         rhythm(al.load(model, example=inputs), inputs)
+
+
+def test_a_tower_of_images_is_not_measured() -> None:
+    model = ARCHITECTURES["qwen2_vl"].build()
+    inputs = ARCHITECTURES["qwen2_vl"].inputs(model)
+    lens = al.load(model, example=inputs)
+    found = rhythm(lens, inputs, horizon=(1, 3))
+    text = rhythm(lens, inputs, horizon=(1, 3), layers="L0:")
+    assert {head.stack for head in found.heads} == {""}
+    assert torch.equal(found.waad, text.waad)
