@@ -64,7 +64,7 @@ def property_alignment(
     threshold: float = 0.3,
     least: int = 100,
     special: bool = False,
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int = 8,
     resamples: int = 1000,
     confidence: float = 0.95,

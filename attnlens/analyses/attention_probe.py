@@ -62,7 +62,7 @@ class ProbeSettings:
 
     """
 
-    layers: HeadSpec | None = None
+    layers: HeadSpec | int | None = None
     train: float = 0.5
     penalty: float = 1e-5
     steps: int = 200

@@ -171,7 +171,7 @@ def attention_basin(
     rotate: bool = False,
     opening: str = "",
     joint: str = "\n\n",
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int = 8,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -270,7 +270,7 @@ class SlotObserver:
 
 
 def _measure(
-    lens: Lens, prompts: Sequence[DocumentPrompt], layers: HeadSpec | None, batch_size: int
+    lens: Lens, prompts: Sequence[DocumentPrompt], layers: HeadSpec | int | None, batch_size: int
 ) -> tuple[tuple[Site, ...], Float[Tensor, "prompt head slot"]]:
     """The text's own sites and the mass of all their heads, prompts of similar length together."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))

@@ -137,7 +137,7 @@ def head_similarity(
     texts: Inputs,
     rows: int | None = 64,
     clusters: int | None = None,
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     linkage: Linkage = "ward",
     batch_size: int | None = None,
     resamples: int = 1000,

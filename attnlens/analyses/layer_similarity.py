@@ -85,7 +85,7 @@ def layer_similarity(
     lens: Lens,
     texts: Inputs,
     rows: int | None = None,
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,

@@ -49,7 +49,7 @@ def long_context_heads(
     tau: float = 0.9,
     window: int = 1024,
     first: int = 16,
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int = 8,
     resamples: int = 1000,
     confidence: float = 0.95,

@@ -99,7 +99,7 @@ def rhythm(
     share: float = 0.3,
     window: int = 10,
     horizon: tuple[int, int] = (10, 50),
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int = 8,
     resamples: int = 1000,
     confidence: float = 0.95,

@@ -55,7 +55,7 @@ class SyntaxSettings:
 
     """
 
-    layers: HeadSpec | None = None
+    layers: HeadSpec | int | None = None
     key_pieces: KeyPieces = "sum"
     least: int = 50
     split: bool = False

@@ -183,7 +183,7 @@ def measure_words(
     lens: Lens,
     sentences: Sequence[WordTokens],
     reducer: Callable[[Int[Tensor, "batch position"]], Reducer],
-    layers: HeadSpec | None = None,
+    layers: HeadSpec | int | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
@@ -208,7 +208,7 @@ def measure_words(
             progress(start + len(numbers), len(order))
 
 
-def text_sites(lens: Lens, batch: Batch, layers: HeadSpec | None) -> tuple[Site, ...]:
+def text_sites(lens: Lens, batch: Batch, layers: HeadSpec | int | None) -> tuple[Site, ...]:
     """The chosen sites at which the tokens of the text attend to each other.
 
     Raises:

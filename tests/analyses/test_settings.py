@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import attnlens as al
 from attnlens.analyses.attention_probe import ProbeSettings
@@ -43,3 +44,16 @@ def test_settings_of_sentences(settings: Callable[..., Any]) -> None:
 def test_alignment(random_lens: Lens) -> None:
     with pytest.raises(InputError, match="Cannot bootstrap with 0 resamples"):
         al.property_alignment(random_lens, [], [], resamples=0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [al.head_similarity, al.head_ranks, al.rhythm, al.massive_activations, al.massive_qk],
+    ids=lambda method: method.__name__,
+)
+def test_a_layer_may_be_named_by_its_number(
+    random_lens: Lens, ids: Tensor, method: Callable[..., Any]
+) -> None:
+    found = method(random_lens, ids, layers=1, resamples=2)
+    named = method(random_lens, ids, layers="L1", resamples=2)
+    assert found.to_frame().equals(named.to_frame())
