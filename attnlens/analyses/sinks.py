@@ -190,6 +190,8 @@ def sinks(
 def _notes(tally: SinkTally, counted: Counted) -> tuple[str, ...]:
     notes: list[str] = []
     longest = counted.longest
+    if counted.prompts < 2:
+        notes.append("One text gives no interval over texts; give several.")
     if tally.settings["rule"] == "paper" and 0 < counted.shortest <= 5:
         notes.append("A prompt of 5 tokens or fewer has no calibration sink by the rule 5 / S.")
     if longest > 64:

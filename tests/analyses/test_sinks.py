@@ -148,6 +148,11 @@ def test_a_decoder_s_own_keys_are_not_named_by_the_encoder_s_text() -> None:
     assert set(layers["strongest_token"][layers["site"].str.startswith("dec.")]) == {""}
 
 
+def test_one_text_has_no_interval_and_says_so(even_lens: Lens, ids: Tensor) -> None:
+    assert any("no interval" in note for note in sinks(even_lens, ids[:1]).notes)
+    assert not any("no interval" in note for note in sinks(even_lens, ids).notes)
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(InputError, match="'paper' or 'code'"):
         SinkSettings(rule="both")  # type: ignore[arg-type]
