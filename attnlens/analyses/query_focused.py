@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -118,21 +119,17 @@ def query_focused_heads(
         TaskError: texts without a tokenizer, or one without offsets.
 
     """
-    examples = list(examples)
-    if not examples or top < 1:
-        raise InputError(f"{len(examples)} examples and top={top}: give 1 of each at least.")
     check_bootstrap(resamples, confidence)
     packed = [_packed(lens, example, null_query, opening, joint) for example in examples]
+    if not packed or top < 1:
+        raise InputError(f"{len(packed)} examples and top={top}: give 1 of each at least.")
     sites = _sites(lens, layers)
     asked, null = _masses(lens, packed, sites)
     golds = tuple(example.gold for example in packed)
     gold, none = _summed(asked, golds), _summed(null, golds)
     heads = tuple(site.head(number) for site in sites for number in range(site.heads))
     top = min(top, len(heads))
-
-    def sure(values: Tensor) -> Interval:
-        return bootstrap_mean(values, resamples, confidence, seed)
-
+    sure = partial(bootstrap_mean, resamples=resamples, confidence=confidence, seed=seed)
     return QueryFocusedHeads(
         heads,
         ("score", "gold", "null"),
