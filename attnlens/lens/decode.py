@@ -25,7 +25,7 @@ from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.probe import evaluating
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Observer, Session
-from attnlens.lens.inputs import Batch
+from attnlens.lens.inputs import Batch, first_position
 
 _READ = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 
@@ -146,7 +146,7 @@ class Decoder:
             inputs["attention_mask"] = real.long()
             if "position_ids" in accepted:
                 positions = (real.long().cumsum(-1) - 1).clamp_min(0)
-                inputs["position_ids"] = positions[:, -ids.shape[1] :]
+                inputs["position_ids"] = positions[:, -ids.shape[1] :] + first_position(self.model)
         if "logits_to_keep" in accepted:
             inputs["logits_to_keep"] = 1
         logits = getattr(self.model(**inputs), "logits", None)

@@ -118,7 +118,7 @@ class Encoder:
         counts = any(hasattr(module, "get_rope_index") for module in model.modules())
         accepted = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in accepted and not counts
-        self.first_position = _first_position(model)
+        self.first_position = first_position(model)
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
 
     @property
@@ -266,7 +266,7 @@ class Encoder:
         )
 
 
-def _first_position(model: nn.Module) -> int:
+def first_position(model: nn.Module) -> int:
     """Position of a text's first token: 0, or behind that of padding (RoBERTa)."""
     for module in model.modules():
         table = getattr(module, "position_embeddings", None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, RobertaConfig, RobertaForCausalLM
 
 import attnlens as al
 from attnlens.anatomy import Site
@@ -120,6 +120,21 @@ def test_prompts_of_different_lengths_answer_as_each_alone(name: str) -> None:
                 assert not row[prompt, :, :, : both.padding[prompt]].any()
                 kept = row[prompt, :, :, both.padding[prompt] :]
                 assert kept.allclose(expected[0], atol=1e-5)
+
+
+def test_padding_moves_no_position_of_a_model_that_counts_from_behind_padding() -> None:
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=40, is_decoder=True, initializer_range=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lens = al.load(RobertaForCausalLM(config).eval(), check=False)
+    prompts = [[5, 6, 7, 8, 9], [11, 12]]
+    alone = [lens.decode([ids], 4, stop=()).answers[0] for ids in prompts]
+    ids = torch.tensor([prompts[0], [*prompts[1], 1, 1, 1]])
+    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    both = lens.decode({"input_ids": ids, "attention_mask": mask}, 4, stop=())
+    assert list(both.answers) == alone
 
 
 def test_nan_is_no_answer() -> None:
