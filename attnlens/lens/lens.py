@@ -160,6 +160,7 @@ class Lens:
             observer = Measure(sites, reducers, part.sides)
             with Session(self.model, anatomy, [observer]):
                 self._forward(part, last_logits=True)
+            _check_prompts(observer.results, part.size)
             results.append(observer.results)
         merged = merge(results)
         back = torch.tensor(order).argsort()
@@ -344,6 +345,18 @@ def _choose(
     if not chosen:
         raise InputError(f"heads={heads!r} and layers={layers!r} have no head in common.")
     return {name: tuple(numbers) for name, numbers in chosen.items()}
+
+
+def _check_prompts(results: Mapping[str, Mapping[str, Tensor]], prompts: int) -> None:
+    """Raise where a site's first axis is not the prompts: its rows belong to pieces of them."""
+    for tensors in results.values():
+        for site, tensor in tensors.items():
+            if tensor.shape[0] != prompts:
+                raise InputError(
+                    f"{site} attends in {tensor.shape[0]} pieces where there are {prompts} prompts "
+                    "(windows of an image, or all images in one row), so its statistics cannot be "
+                    "told apart by prompt. Name the layers of another stack: layers=..."
+                )
 
 
 def _check_names(reducers: Sequence[Reducer]) -> None:

@@ -284,3 +284,13 @@ def test_positions_with_three_coordinates_are_left_to_the_model(name: str) -> No
         wanted = model(**plain).logits
         found = model(**lens.encode(left).inputs).logits[:, 3:]
     assert torch.allclose(found, wanted, atol=1e-4)  # of logits around 5; positions off: 2 to 4
+
+
+@pytest.mark.parametrize("name", ["swin", "qwen2_vl"])
+def test_sites_that_attend_in_pieces_of_prompts_are_refused(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    inputs = architecture.inputs(model)
+    lens = al.load(model, example=inputs)
+    with pytest.raises(InputError, match=r"attends in \d+ pieces where there are 2 prompts"):
+        lens.measure(inputs, al.Entropy())
