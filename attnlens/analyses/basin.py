@@ -263,6 +263,8 @@ class SlotObserver:
             pattern, keys = rows.block(slice(0, heads), part)
             wide = torch.promote_types(pattern.dtype, torch.float32)
             weights = asked[:, None, None, part].to(wide)
+            # A model may make NaN of the rows of padding, and 0 * NaN is NaN.
+            pattern = pattern.masked_fill((weights == 0).transpose(-1, -2), 0)
             drawn = (weights @ pattern.to(wide))[..., 0, :].double()
             mass += drawn @ members[:, keys]
         self.mass[site.name] = mass.cpu()

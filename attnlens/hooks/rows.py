@@ -106,21 +106,7 @@ class Rows:
 
     def select(self, heads: Int[Tensor, " head"]) -> Rows:
         """The same rule for some of the heads, each with its own key group."""
-        groups = heads // (self.query.shape[1] // self.key.shape[1])
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            wide = tensor is not None and tensor.ndim == 4 and tensor.shape[1] > 1
-            return tensor[:, heads] if wide and tensor is not None else tensor
-
-        return replace(
-            self,
-            query=self.query[:, heads],
-            key=self.key[:, groups],
-            bias=pick(self.bias),
-            mask=pick(self.mask),
-            sinks=None if self.sinks is None else self.sinks[heads],
-            heads=heads if self.heads is None else self.heads[heads],
-        )
+        return self._of(heads, heads // (self.query.shape[1] // self.key.shape[1]), heads)
 
     def part(self, heads: slice) -> Rows:
         """The same rule for neighbouring heads, without a copy; see `tiles` for which go."""
@@ -128,12 +114,16 @@ class Rows:
             return self
         size = self.query.shape[1] // self.key.shape[1]
         groups = slice(heads.start // size, -(-heads.stop // size))
+        numbers = torch.arange(heads.start, heads.stop, device=self.query.device)
+        return self._of(heads, groups, numbers)
+
+    def _of(self, heads: Tensor | slice, groups: Tensor | slice, numbers: Tensor) -> Rows:
+        """The same rule for the heads that an index picks, whose numbers are `numbers`."""
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             wide = tensor is not None and tensor.ndim == 4 and tensor.shape[1] > 1
             return tensor[:, heads] if wide and tensor is not None else tensor
 
-        numbers = torch.arange(heads.start, heads.stop, device=self.query.device)
         return replace(
             self,
             query=self.query[:, heads],
