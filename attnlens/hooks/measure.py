@@ -76,7 +76,7 @@ def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterat
     """The rows of one call as blocks for reducers: each row of each head once."""
     query, real = rows.query, layout.query_tokens.real
     if real is not None:  # a model may make NaN of padding, and 0 times NaN is no 0
-        query = query.masked_fill(~real[:, None, :, None], 0)
+        query = query.masked_fill(query.isnan() & ~real[:, None, :, None], 0)
     rows = replace(rows, query=query, key=rows.key.contiguous())
     for part, tiles in rows.tiles(block_bytes):
         keys = rows.keys_seen(part)
