@@ -1,0 +1,1 @@
+"""Many edits on many prompts: planned, run, stored as they are done, and resumed."""
