@@ -26,7 +26,7 @@ from attnlens.hooks import seam
 from attnlens.hooks.probe import examine, output_tensors
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 from tests.architectures import ARCHITECTURES, PARTIAL, UNSUPPORTED, Architecture
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -93,15 +93,12 @@ OTHERS = (
 )
 
 
-class Recorder:
+class Recorder(Observer):
     """Observer that compares each site's rows with the weights that its kernel returned."""
 
     def __init__(self, sites: tuple[Site, ...]) -> None:
         self.sites = frozenset(site.name for site in sites)
         self.error = 0.0
-
-    def attach(self, model: nn.Module) -> tuple[()]:
-        return ()
 
     def see(self, site: Site, call: Call) -> Call:
         rows = Rows.at(site, call).dense()

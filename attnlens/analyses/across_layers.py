@@ -39,7 +39,7 @@ class PromptRows:
     @property
     def leaks(self) -> bool:
         """Whether rows may sum to less than 1 (learned sinks, edited patterns)."""
-        return any(rule.sinks is not None or bool(rule.edits) for rule in self.rules)
+        return any(rule.sinks is not None or rule.edited for rule in self.rules)
 
     def sample(self, rows: int | None, seed: int) -> tuple[int, ...]:
         """The real rows, or that many of them at random: the same however prompts are padded."""

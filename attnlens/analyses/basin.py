@@ -12,8 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from attnlens.analyses.per_head import head_frame
 from attnlens.analyses.uncertainty import Interval, bootstrap_mean, check_bootstrap
@@ -21,6 +20,7 @@ from attnlens.anatomy import Head, HeadSpec, Site
 from attnlens.errors import InputError
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
 from attnlens.lens.inputs import Batch
 from attnlens.tasks.needle import token_offsets
@@ -230,7 +230,7 @@ def attention_basin(
     )
 
 
-class SlotObserver:
+class SlotObserver(Observer):
     """Observer that sums the weights of each prompt's query rows by slot: `batch head slot`."""
 
     def __init__(self, sites: Sequence[Site], prompts: Sequence[DocumentPrompt]) -> None:
@@ -246,10 +246,6 @@ class SlotObserver:
             self._asked[number, start:stop] = 1 / (stop - start)
             for slot, (start, stop) in enumerate(prompt.slots):
                 self._members[number, start:stop, slot] = 1
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:

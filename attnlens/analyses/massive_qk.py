@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.analyses.per_head import HeadTable, table_of
 from attnlens.analyses.uncertainty import check_bootstrap
@@ -24,6 +23,7 @@ from attnlens.anatomy.rotary import Rotary, tables
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.rotary import ROWS, find_rotary
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.hooks.tokens import Sides
 from attnlens.lens import Batch, Inputs, Lens
 from attnlens.lens.inputs import split
@@ -186,7 +186,7 @@ def ratios(norms: Float[Tensor, "*head channel"]) -> Float[Tensor, "*head channe
     return (norms / median).masked_fill(median == 0, math.nan)
 
 
-class _Tally:
+class _Tally(Observer):
     """Observer that sums the norms of channels over prompts, and keeps two numbers a head."""
 
     def __init__(self, sites: Sequence[Site], threshold: float) -> None:
@@ -198,10 +198,6 @@ class _Tally:
         self._sites = tuple(sites)
         self._threshold = threshold
         self._sums: dict[tuple[str, Side], list[Tensor]] = {}
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from attnlens.anatomy import Site
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
 from attnlens.tasks import NeedlePrompt
 
@@ -71,7 +71,7 @@ def rouge_recall(wanted: Sequence[Hashable], answer: Sequence[Hashable]) -> floa
     return sum((Counter(wanted) & Counter(answer)).values()) / len(wanted)
 
 
-class LargestKeys:
+class LargestKeys(Observer):
     """Observer that notes each head's largest key of each decoded row: `keys[site][row]`.
 
     Each is `batch head`, a position of the padded batch.
@@ -80,10 +80,6 @@ class LargestKeys:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = frozenset(site.name for site in sites)
         self.keys: dict[str, list[Int[Tensor, "batch head"]]] = {site.name: [] for site in sites}
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:

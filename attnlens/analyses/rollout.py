@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from attnlens.analyses.fusing import RolloutSettings, fuse_heads, rolled, rollout_matrix
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import InputError
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.hooks.tokens import Sides, Tokens
 from attnlens.lens import Inputs, Lens, Trace
 
@@ -186,16 +186,12 @@ def _one_layer_down(
     return below
 
 
-class _KeepRows:
+class _KeepRows(Observer):
     """Observer that keeps the rule of each site's rows: q, k and what else makes them."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = frozenset(site.name for site in sites)
         self.rows: dict[str, Rows] = {}
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     def see(self, site: Site, call: Call) -> Call:
         """Keep the rule of one call."""

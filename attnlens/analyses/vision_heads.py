@@ -11,8 +11,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from attnlens.analyses.per_head import HeadTable, table_of
 from attnlens.analyses.uncertainty import check_bootstrap
@@ -21,6 +20,7 @@ from attnlens.anatomy import HeadSpec, Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.hooks.tokens import Sides
 from attnlens.kernels.rows import hidden_value
 from attnlens.lens import Batch, Inputs, Lens
@@ -127,7 +127,7 @@ def _by_second_axis(name: str, value: Tensor, part: Batch) -> bool:
     return name == "position_ids" and value.ndim == 3 and value.shape[1] == part.size
 
 
-class _Compared:
+class _Compared(Observer):
     """Observer of a doubled batch: hides images from its second half, and compares the halves."""
 
     def __init__(self, sites: Sequence[Site], part: Batch, image: Tensor, rows: RowChoice) -> None:
@@ -135,10 +135,6 @@ class _Compared:
         self._image = image
         self._counted = _counted_rows(part, image, rows)
         self._found: dict[str, dict[str, Tensor]] = {}
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:

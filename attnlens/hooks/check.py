@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError
@@ -23,7 +22,7 @@ from attnlens.hooks.edits import Editor, Uniform
 from attnlens.hooks.probe import evaluating, output_tensors
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 from attnlens.hooks.tokens import Sides
 
 
@@ -145,7 +144,7 @@ def _moves(
     return any(not torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
 
 
-class _Compare:
+class _Compare(Observer):
     """Observer that recomputes every row and compares with the weights that the kernel returned."""
 
     def __init__(self, sites: Sequence[Site], sides: Sides) -> None:
@@ -154,9 +153,6 @@ class _Compare:
         self.sums: dict[str, float] = {}
         self.patterns: dict[str, Tensor] = {}
         self._sides = sides
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        return ()
 
     def see(self, site: Site, call: Call) -> Call:
         pattern = Rows.at(site, call).dense()

@@ -153,7 +153,7 @@ def _kernels_take(rows: Rows) -> bool:
         and query.dtype == rows.key.dtype
         and query.shape[-1] <= WIDEST
         and rows.bias is None
-        and not rows.edits
+        and not rows.edited
         and importlib.util.find_spec("triton") is not None
     )
 

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Site
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 
 
-class HeldRows:
+class HeldRows(Observer):
     """Observer that holds each site's rule for rows: `rows[site name]`, O(tokens x width) a site.
 
     Afterwards `rows[site].block(heads, rows)` gives any block of weights, while no map is kept.
@@ -23,10 +22,6 @@ class HeldRows:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = frozenset(site.name for site in sites)
         self.rows: dict[str, Rows] = {}
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:

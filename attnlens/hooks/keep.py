@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.anatomy.weights import output_weight
 from attnlens.errors import BudgetError, InputError
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Handle, Observer
 
 KINDS = ("q", "k", "v", "scores", "pattern", "z", "result", "residual")
 FINAL = "final"
@@ -166,7 +166,7 @@ def gigabytes(count: int) -> str:
     return f"{count} bytes"
 
 
-class Keep:
+class Keep(Observer):
     """Observer that keeps what a request asks for: `kept[kind][site name]`."""
 
     def __init__(self, anatomy: Anatomy, request: Request, budget: int) -> None:
@@ -178,7 +178,7 @@ class Keep:
         self._budget = budget
         self._model: nn.Module | None = None
 
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on blocks, where the residual stream is asked for."""
         self._model = model
         if "residual" not in self._request.kinds:
@@ -189,7 +189,7 @@ class Keep:
                 f"{self._anatomy.model} holds these sites in no list of blocks, so there is no "
                 "residual stream to keep. Leave 'residual' out."
             )
-        handles: list[RemovableHandle] = []
+        handles: list[Handle] = []
         for name, sites in streams.items():
             block = model.get_submodule(name)
             hook = self._entering(sites)

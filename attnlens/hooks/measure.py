@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from attnlens.anatomy import Site
 from attnlens.hooks.block import Block, TorchBlock
@@ -15,10 +14,11 @@ from attnlens.hooks.fused import fused_blocks, read_by
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.rows import BLOCK_BYTES, Rows
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.hooks.tokens import Layout, Sides
 
 
-class Measure:
+class Measure(Observer):
     """Observer that feeds each block of rows to every reducer: `batch head ...` a site."""
 
     def __init__(
@@ -33,10 +33,6 @@ class Measure:
         self._reducers = tuple(reducers)
         self._sides = sides
         self._block_bytes = block_bytes
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     @torch.no_grad()
     def see(self, site: Site, call: Call) -> Call:
@@ -93,7 +89,7 @@ def blocks(rows: Rows, layout: Layout, block_bytes: int = BLOCK_BYTES) -> Iterat
                 keys,
                 scores,
                 pattern.float() if half else pattern,
-                softmax_of_scores=not half and not rows.edits,
+                softmax_of_scores=not half and not rows.edited,
             )
 
 

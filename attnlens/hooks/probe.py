@@ -24,7 +24,7 @@ from attnlens.errors import UnsupportedModelError
 from attnlens.hooks import seam
 from attnlens.hooks.naming import name_sites
 from attnlens.hooks.rows import Rows
-from attnlens.hooks.seam import Call, eager_function
+from attnlens.hooks.seam import Asked, Call, eager_function
 
 OUTSIDE = (
     "Bloom, Falcon, GPT-J, GPT-Neo, MPT, CodeGen, DeBERTa, XLNet and Longformer do not use it. "
@@ -166,6 +166,9 @@ class _Probe:
                 s == name or s.startswith(name + ".") or name.startswith(s + ".") for s in seen
             )
         )
+
+    def attending(self, asked: Asked) -> Asked:
+        return asked
 
     def attended(self, call: Call) -> Call:
         name = self._names[id(call.module)]

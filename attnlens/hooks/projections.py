@@ -19,7 +19,7 @@ from attnlens.anatomy import Anatomy, Site
 from attnlens.anatomy.weights import HeadWeights, Projection
 from attnlens.hooks.probe import evaluating
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 
 # Cosine of two channels over the prompts that are the same but for rounding.
 _COSINE = {torch.float64: 1 - 1e-9, torch.float32: 1 - 1e-5}
@@ -44,7 +44,7 @@ def head_weights(
     return HeadWeights(model, site, {name: part for name, part in found.items() if part})
 
 
-class _Spy:
+class _Spy(Observer):
     """Observer of one site that makes the module's linear parts return noise, and notes it."""
 
     def __init__(self, site: Site) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import UnsupportedModelError
-from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Handle, Observer
 
 FINAL = "final"
 
@@ -70,7 +69,7 @@ def streams_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Stream, ...]:
     return tuple(found)
 
 
-class Residual:
+class Residual(Observer):
     """Observer that shows each stream to `look(stream, tensor)` as it passes, detached.
 
     What leaves a last block is shown when the model is done, since layers may share the block.
@@ -90,7 +89,7 @@ class Residual:
         self._calls: Counter[str] = Counter()
         self._left: dict[str, tuple[Stream, Tensor]] = {}
 
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on the blocks of the streams, and on the model's end."""
         handles = [model.register_forward_hook(self._end)]
         for stream in self._streams:
@@ -105,10 +104,6 @@ class Residual:
             block = model.get_submodule(name)
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         return handles
-
-    def see(self, site: Site, call: Call) -> Call:
-        """Nothing at the seam."""
-        return call
 
     def _enter(self, block: str) -> Callable[..., None]:
         calls = list(dict.fromkeys(s.call for s in self._anatomy.sites if s.block == block))

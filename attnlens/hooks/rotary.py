@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.anatomy.rotary import Rotary, recognise, still, tables
 from attnlens.hooks.probe import evaluating
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Handle, Observer, Session
 
 ROWS = 16
 """Positions of each prompt that are compared."""
@@ -65,7 +64,7 @@ def _heads(
     return spy.heads
 
 
-class _Spy:
+class _Spy(Observer):
     """Observer that notes q and k, and shifts the positions of every rotary table."""
 
     def __init__(self, sites: Sequence[Site], shift: int) -> None:
@@ -73,7 +72,7 @@ class _Spy:
         self.heads: dict[str, Tensor] = {}
         self._shift = shift
 
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Shift the positions given to the modules that hold a table."""
         return [
             module.register_forward_pre_hook(self._shifted(place), with_kwargs=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnlens.anatomy import Site
 from attnlens.errors import UnsupportedModelError
-from attnlens.hooks.seam import Call, PatternEdit
+from attnlens.hooks.seam import Call, PatternEdit, ScoreEdit, View
 from attnlens.kernels.rows import (
     hidden_value,
     hide,
@@ -50,9 +50,12 @@ class Rows:
     """Whether the kernel hides the future by itself (mask None)."""
     sinks: Float[Tensor, " head"] | None
     softmax_dtype: torch.dtype | None
-    edits: tuple[PatternEdit, ...] = ()
+    score_edits: tuple[ScoreEdit, ...] = ()
+    pattern_edits: tuple[PatternEdit, ...] = ()
     heads: Int[Tensor, " head"] | None = None
     """Head numbers where only some of the site's heads were selected."""
+    first_prompt: int = 0
+    """Number of the first prompt where only one of the batch was selected."""
 
     @classmethod
     def of(cls, call: Call, upcast: bool = False, sinks: bool = True) -> Rows:
@@ -83,7 +86,8 @@ class Rows:
             causal=mask is None and call.kernel != "eager" and _is_causal(call),
             sinks=_sinks(call) if sinks else None,
             softmax_dtype=torch.float32 if upcast else None,
-            edits=call.pattern_edits,
+            score_edits=call.score_edits,
+            pattern_edits=call.pattern_edits,
         )
 
     @classmethod
@@ -147,7 +151,21 @@ class Rows:
             key=self.key[index : index + 1],
             bias=pick(self.bias),
             mask=pick(self.mask),
+            first_prompt=self.first_prompt + index,
         )
+
+    @property
+    def edited(self) -> bool:
+        """Whether earlier listeners changed scores or weights."""
+        return bool(self.score_edits or self.pattern_edits)
+
+    def _view(self, rows: slice, keys: slice) -> View:
+        """Where a block is in the call, for edits."""
+        heads = self.heads
+        if heads is None:
+            heads = torch.arange(self.shape[1], device=self.query.device)
+        prompts = slice(self.first_prompt, self.first_prompt + self.shape[0])
+        return View(prompts, heads, rows, keys)
 
     def visible(self, rows: slice, keys: slice) -> Bool[Tensor, "#batch #head row key"] | None:
         """Which keys each row sees; None where it sees all."""
@@ -182,6 +200,8 @@ class Rows:
             scores = soft_cap(scores, self.cap)
         if self.bias is not None:
             scores = scores + self.bias[:, :, rows, keys]
+        for edit in self.score_edits:
+            scores = edit(scores, self._view(rows, keys))
         if self.causal:
             return hide_future(scores, rows.start - keys.start)
         if self.mask is not None:
@@ -198,17 +218,14 @@ class Rows:
     ) -> Float[Tensor, "batch head row key"]:
         """The weights of a block of scores, with the edits that earlier listeners made."""
         pattern = softmax_rows(scores, self.sinks, self.softmax_dtype)
-        if self.mask is not None:
+        if self.mask is not None or self.score_edits:
             blind = scores.amax(-1) <= hidden_value(scores.dtype)
             if blind.any():
                 pattern = pattern.masked_fill(blind[..., None], 0)
-        if self.edits:
+        if self.pattern_edits:
             seen = self.visible(rows, keys)
-            heads = self.heads
-            if heads is None:
-                heads = torch.arange(pattern.shape[1], device=pattern.device)
-            for edit in self.edits:
-                pattern = edit(pattern, seen, rows, heads)
+            for edit in self.pattern_edits:
+                pattern = edit(pattern, seen, self._view(rows, keys))
         return pattern
 
     def blocks(self, budget: int = BLOCK_BYTES, rows: slice | None = None) -> Iterator[slice]:

@@ -16,9 +16,10 @@ import inspect
 import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
@@ -32,18 +33,12 @@ _LISTENERS = "_attnlens_listeners"
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-# (pattern block, visible keys or None for all, query rows, head numbers) -> pattern block
-PatternEdit = Callable[[Tensor, Tensor | None, slice, Tensor], Tensor]
-
-
 @dataclass(frozen=True)
-class Call:
-    """One attention call as the kernel got it, and what it returned.
+class Asked:
+    """One attention call as the kernel is going to get it.
 
-    query is `batch head query d_qk`, key `batch group key d_qk`, value `batch group key d_v`,
-    output `batch query head d_v`; the mask is in the kernel's own form. A listener that changes the
-    pattern adds a function to `pattern_edits`, so that those who listen after it see the rows it
-    made.
+    query is `batch head query d_qk`, key `batch group key d_qk`, value `batch group key d_v`; the
+    mask is in the kernel's own form.
     """
 
     module: nn.Module
@@ -53,17 +48,63 @@ class Call:
     value: Tensor
     mask: Tensor | None
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a call a block of scores or weights is: its axes, as numbers of the call's."""
+
+    prompts: slice
+    heads: Int[Tensor, " head"]
+    rows: slice
+    keys: slice
+
+
+# (scores block, where it is) -> scores block
+ScoreEdit = Callable[[Tensor, View], Tensor]
+# (pattern block, visible keys or None for all, where it is) -> pattern block
+PatternEdit = Callable[[Tensor, Tensor | None, View], Tensor]
+
+
+@dataclass(frozen=True)
+class Call(Asked):
+    """One attention call as the kernel got it, and what it returned: `batch query head d_v`.
+
+    A listener that changes scores or pattern adds a function to the edits of either, so that those
+    who listen after it see the rows it made.
+    """
+
     output: Tensor
     weights: Tensor | None
     """The kernel's own weights, `batch head query key`, where it returns them (eager)."""
+    score_edits: tuple[ScoreEdit, ...] = ()
     pattern_edits: tuple[PatternEdit, ...] = ()
+
+    @classmethod
+    def of(cls, asked: Asked) -> Call:
+        """Run the kernel on what is asked."""
+        output, weights = run_kernel(asked)
+        own = {field.name: getattr(asked, field.name) for field in fields(Asked)}
+        return cls(**own, output=output, weights=weights)
+
+
+def run_kernel(asked: Asked) -> tuple[Tensor, Tensor | None]:
+    """What the kernel that the model had returns for this call."""
+    function = _kernel_function(asked.kernel, asked.module)
+    return function(
+        asked.module, asked.query, asked.key, asked.value, asked.mask, **asked.arguments
+    )
 
 
 class Listener(Protocol):
     """Somebody who sees the attention calls of a module."""
 
+    def attending(self, asked: Asked) -> Asked:
+        """See a call before the kernel runs; return it as it is, or with other inputs."""
+        ...
+
     def attended(self, call: Call) -> Call:
-        """See one call; return it as it is, or with another output."""
+        """See the call when the kernel has run; return it as it is, or with another output."""
         ...
 
 
@@ -105,15 +146,16 @@ def _register(kernel: str) -> str:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        function = _kernel_function(kernel, module)
-        output, weights = function(module, query, key, value, attention_mask, **kwargs)
-        listeners = module.__dict__.get(_LISTENERS)
+        asked = Asked(module, kernel, query, key, value, attention_mask, kwargs)
+        listeners = tuple(module.__dict__.get(_LISTENERS, ()))
         if not listeners:
-            return output, weights
-        call = Call(module, kernel, query, key, value, attention_mask, kwargs, output, weights)
-        for listener in tuple(listeners):
+            return run_kernel(asked)
+        for listener in listeners:
+            asked = listener.attending(asked)
+        call = Call.of(asked)
+        for listener in listeners:
             call = listener.attended(call)
-        return call.output, weights
+        return call.output, call.weights
 
     # Without a mask function under the same name the mask is silently None and causality is lost;
     # rows can be read off masks of eager's and sdpa's form only.

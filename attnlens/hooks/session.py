@@ -16,27 +16,38 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError
 from attnlens.hooks import seam
-from attnlens.hooks.seam import Call
+from attnlens.hooks.seam import Asked, Call
 
 
-class Observer(Protocol):
-    """What a session hands its calls to: keeps, reducers and edits."""
+class Handle(Protocol):
+    """Something put on a model that can be taken off again."""
 
-    sites: frozenset[str]
+    def remove(self) -> None:
+        """Take it off."""
+        ...
+
+
+class Observer:
+    """What a session hands its calls to: keeps, reducers and edits. By itself it does nothing."""
+
+    sites: frozenset[str] = frozenset()
     """Names of the sites it wants to see."""
 
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks of its own that the session removes again, for what the seam does not show."""
-        ...
+        return ()
+
+    def enter(self, site: Site, asked: Asked) -> Asked:
+        """See one call at a site before the kernel runs; return it, changed or not."""
+        return asked
 
     def see(self, site: Site, call: Call) -> Call:
         """See one call at a site; return it, changed or not."""
-        ...
+        return call
 
 
 class Session:
@@ -55,6 +66,7 @@ class Session:
         self._names: dict[int, str] = {}
         self._calls: Counter[str] = Counter()
         self._inside = False
+        self._site: Site | None = None
         self._thread: int | None = None
         self._undo: list[Any] = []
 
@@ -100,20 +112,30 @@ class Session:
         self._names.clear()
         self._thread = None
 
+    def attending(self, asked: Asked) -> Asked:
+        """Hand one call to the observers that want its site, before the kernel runs."""
+        if threading.get_ident() != self._thread:
+            return asked
+        name = self._names[id(asked.module)]
+        self._site = site = self._next_site(name, self._modules[name])
+        for observer in self.observers:
+            if site.name in observer.sites:
+                asked = observer.enter(site, asked)
+        return asked
+
     def attended(self, call: Call) -> Call:
-        """Hand one call to the observers that want its site."""
+        """Hand the same call to the same observers with what the kernel returned."""
         if threading.get_ident() != self._thread:
             return call
-        name = self._names[id(call.module)]
-        sites = self._modules[name]
-        site = self._site(name, sites)
+        site = self._site
+        assert site is not None
         self.fired[site.name] += 1
         for observer in self.observers:
             if site.name in observer.sites:
                 call = observer.see(site, call)
         return call
 
-    def _site(self, name: str, sites: Sequence[Site]) -> Site:
+    def _next_site(self, name: str, sites: Sequence[Site]) -> Site:
         """Which of a module's sites this call is, by its number in the forward pass."""
         call = self._calls[name]
         if call >= len(sites) and self._inside:

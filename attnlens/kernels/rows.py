@@ -36,7 +36,9 @@ def scaled_products(
 
 
 def soft_cap(scores: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
-    """cap * tanh(scores / cap), in place (Gemma 2)."""
+    """cap * tanh(scores / cap) (Gemma 2), in place unless a gradient needs what lies between."""
+    if scores.requires_grad:
+        return torch.tanh(scores / cap) * cap
     return scores.div_(cap).tanh_().mul_(cap)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -163,17 +162,13 @@ class Decoder:
         return logits[:, -1]
 
 
-class _WholeCache:
+class _WholeCache(Observer):
     """Observer that refuses rows over another number of keys than there are positions."""
 
     def __init__(self, anatomy: Anatomy, keys: int) -> None:
         self.sites = frozenset(site.name for site in anatomy.sites if site.kind == "self")
         self.keys = keys
         self._model = anatomy.model
-
-    def attach(self, model: nn.Module) -> Sequence[RemovableHandle]:
-        """Nothing beside the seam."""
-        return ()
 
     def see(self, site: Site, call: Call) -> Call:
         """Check one call."""

@@ -21,6 +21,7 @@ from attnlens.anatomy.weights import HeadWeights
 from attnlens.errors import AttnlensError, InputError, UnsupportedModelError
 from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
+from attnlens.hooks.edits.means import add_longer
 from attnlens.hooks.examples import example_inputs
 from attnlens.hooks.keep import Keep, Request, check_budget
 from attnlens.hooks.measure import Measure, merge
@@ -198,11 +199,16 @@ class Lens:
         """Whether a block of `edit` is running."""
         return self._edits > 0
 
-    def mean_z(self, inputs: Inputs, batch_size: int = 8) -> dict[str, Float[Tensor, "head d_v"]]:
-        """Mean of every head's z over the real positions of a reference set, for `al.Mean`."""
+    def mean_z(
+        self, inputs: Inputs, batch_size: int = 8, by_position: bool = False
+    ) -> dict[str, Float[Tensor, "*position head d_v"]]:
+        """Mean of every head's z over the real positions of a reference set, for `al.Mean`.
+
+        With `by_position` one mean for each position, counted from the first real token.
+        """
         whole = self.encode(inputs)
         sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        counts: dict[str, Tensor] = {}
         anatomy = self.anatomy_for(whole)
         for part in split(whole, batch_size)[0]:
             real = {site.name: part.sides.queries(site).real for site in anatomy.sites}
@@ -210,10 +216,15 @@ class Lens:
             with Session(self.model, anatomy, [observer]):
                 self._forward(part, last_logits=True)
             for name, total in observer.sums.items():
-                sums[name] = sums.get(name, 0) + total
-                counts[name] = counts.get(name, 0) + observer.counts[name]
+                sums[name] = add_longer(sums.get(name), total)
+                counts[name] = add_longer(counts.get(name), observer.counts[name])
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        return {name: (total / counts[name]).to(dtype) for name, total in sums.items()}
+        if by_position:
+            return {
+                name: (total / counts[name][:, None, None]).to(dtype)
+                for name, total in sums.items()
+            }
+        return {name: (total.sum(0) / counts[name].sum()).to(dtype) for name, total in sums.items()}
 
     @torch.no_grad()
     def logits(

@@ -18,13 +18,13 @@ from attnlens.hooks import seam
 from attnlens.hooks.edits import Edit, Editor
 from attnlens.hooks.probe import examine
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 from tests.architectures import ARCHITECTURES, Inputs
 from tests.oracles.attention import record
 
 
 @dataclass
-class Watch:
+class Watch(Observer):
     """Observer that counts, and fails where it is told to."""
 
     sites: frozenset[str]

@@ -1,7 +1,5 @@
 """Decoding row by row: each row is that of a whole forward pass, and places are absolute."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from attnlens.anatomy import Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import _LISTENERS, Call
+from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
 from attnlens.lens import decode as decoding
 from tests.architectures import ARCHITECTURES
@@ -25,16 +24,13 @@ NAMES = (
 )  # fmt: skip
 
 
-class Watch:
+class Watch(Observer):
     """Keeps the dense rows that it is shown, of each site in order."""
 
     def __init__(self, lens: Lens, fail_at: int | None = None) -> None:
         self.sites = frozenset(site.name for site in lens.anatomy.sites)
         self.rows: dict[str, list[Tensor]] = {name: [] for name in self.sites}
         self.fail_at = fail_at
-
-    def attach(self, model: nn.Module) -> Sequence[torch.utils.hooks.RemovableHandle]:
-        return ()
 
     def see(self, site: Site, call: Call) -> Call:
         if len(self.rows[site.name]) == self.fail_at:

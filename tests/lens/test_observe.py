@@ -5,11 +5,12 @@ import torch
 import attnlens as al
 from attnlens.anatomy import Site
 from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
 from attnlens.zoo import induction_model
 
 
-class Names:
+class Names(Observer):
     def __init__(self, lens: Lens) -> None:
         self.sites = frozenset(site.name for site in lens.anatomy.sites)
         self.seen: list[str] = []

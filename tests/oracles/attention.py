@@ -15,7 +15,7 @@ from attnlens.hooks.block import Block
 from attnlens.hooks.measure import Measure
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
-from attnlens.hooks.session import Session
+from attnlens.hooks.session import Observer, Session
 from attnlens.hooks.tokens import Layout, Sides
 
 
@@ -41,16 +41,13 @@ class Collect:
 
 
 @dataclass
-class Recorder:
+class Recorder(Observer):
     """Observer that notes the kernel's own weights and the rows recomputed from the same call."""
 
     sites: frozenset[str]
     weights: dict[str, Tensor | None] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
-
-    def attach(self, model: nn.Module) -> list[Any]:
-        return []
 
     def see(self, site: Site, call: Call) -> Call:
         self.weights[site.name] = call.weights

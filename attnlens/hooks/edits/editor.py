@@ -1,0 +1,128 @@
+"""Edits put to a running model: each at its sites, in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlens.anatomy import Anatomy, Head, Site
+from attnlens.errors import InputError, UnsupportedModelError
+from attnlens.hooks.edits.base import Edit, HeadEdit, StreamEdit
+from attnlens.hooks.seam import Asked, Call
+from attnlens.hooks.session import Handle, Observer
+from attnlens.hooks.where import Running, Where
+
+FindMlps = Callable[[], Mapping[str, str]]
+"""Names of the modules whose output is what an MLP adds to the stream, by block."""
+
+
+class Editor(Observer):
+    """Observer that applies edits at their sites.
+
+    Changes of q, k and v act before attention is computed, all others after it; either in the order
+    in which the edits were given.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, edits: Sequence[Edit], find_mlps: FindMlps | None = None
+    ) -> None:
+        if not edits:
+            raise InputError("No edit was given. For example lens.edit(al.Zero('L3H5')).")
+        self.running = Running()
+        self._anatomy = anatomy
+        self._find_mlps = find_mlps
+        self._heads = [
+            (edit, heads_by_site(anatomy.find(edit.heads)))
+            for edit in edits
+            if isinstance(edit, HeadEdit)
+        ]
+        self._streams = [edit for edit in edits if isinstance(edit, StreamEdit)]
+        self._numbers: dict[tuple[int, str], Tensor] = {}
+        self.sites = frozenset(name for edit in edits for name in edit.sites(anatomy))
+
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
+        """Listen at the model's inputs; hook the blocks and MLPs whose stream is edited."""
+        handles: list[Handle] = [self.running.attach(model)]
+        for edit in self._streams:
+            for name in edit.sites(self._anatomy):
+                handles.append(self._hook(model, edit, self._anatomy[name]))
+        return handles
+
+    def enter(self, site: Site, asked: Asked) -> Asked:
+        """Apply the edits of q, k and v."""
+        for edit, where in self._at(site, asked):
+            asked = edit.enter(site, asked, where)
+        return asked
+
+    def see(self, site: Site, call: Call) -> Call:
+        """Apply the edits of scores, pattern and z."""
+        for edit, where in self._at(site, call):
+            call = edit.see(site, call, where)
+        return call
+
+    def _at(self, site: Site, asked: Asked) -> list[tuple[HeadEdit, Where]]:
+        found: list[tuple[HeadEdit, Where]] = []
+        for index, (edit, heads) in enumerate(self._heads):
+            if site.name in heads and self.running.in_phase(edit.phase):
+                key = index, site.name
+                if key not in self._numbers:
+                    self._numbers[key] = torch.tensor(heads[site.name], device=asked.query.device)
+                numbers = self._numbers[key].to(asked.query.device)
+                where = self.running.at(site, asked, numbers, edit.queries, edit.key_positions)
+                if where.rows is None or edit.key_positions is not None or bool(where.rows.any()):
+                    found.append((edit, where))
+        return found
+
+    def _hook(self, model: nn.Module, edit: StreamEdit, site: Site) -> Handle:
+        if site.block is None or (site.call and edit.stream == "residual"):
+            raise UnsupportedModelError(
+                f"{self._anatomy.model} has no block of its own around {site.name}, so its "
+                f"{edit.stream} cannot be edited there."
+            )
+        if edit.stream == "residual":
+            block = model.get_submodule(site.block)
+            return block.register_forward_pre_hook(self._entering(edit, site), with_kwargs=True)
+        mlps = self._find_mlps() if self._find_mlps is not None else {}
+        if site.block not in mlps:
+            raise UnsupportedModelError(
+                f"No MLP was found in {site.block} of {self._anatomy.model} whose output is added "
+                "to the residual stream; edit the stream that enters the next layer instead."
+            )
+        return model.get_submodule(mlps[site.block]).register_forward_hook(
+            self._leaving(edit, site)
+        )
+
+    def _entering(self, edit: StreamEdit, site: Site) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self._changed(edit, site, args[0]), *args[1:]), kwargs
+            return args, kwargs | {
+                "hidden_states": self._changed(edit, site, kwargs["hidden_states"])
+            }
+
+        return hook
+
+    def _leaving(self, edit: StreamEdit, site: Site) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return self._changed(edit, site, output)
+            return (self._changed(edit, site, output[0]), *output[1:])
+
+        return hook
+
+    def _changed(self, edit: StreamEdit, site: Site, stream: Tensor) -> Tensor:
+        if not self.running.in_phase(edit.phase):
+            return stream
+        rows, start = self.running.rows_of_stream(site, stream, edit.queries)
+        return edit.change(site, stream, rows, start)
+
+
+def heads_by_site(heads: Sequence[Head]) -> dict[str, list[int]]:
+    """Head numbers by site name."""
+    found: dict[str, list[int]] = {}
+    for head in heads:
+        found.setdefault(head.site, []).append(head.head)
+    return found

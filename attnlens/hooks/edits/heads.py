@@ -1,0 +1,150 @@
+"""Edits of what heads write (z) and of the weights behind it that need no attention map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.anatomy import Site
+from attnlens.errors import InputError
+from attnlens.hooks.edits.base import HeadEdit, at_site, with_pattern, with_z
+from attnlens.hooks.rows import Rows
+from attnlens.hooks.seam import Call, View
+from attnlens.hooks.where import Where
+
+
+@dataclass(frozen=True)
+class Zero(HeadEdit):
+    """z = 0: the heads write nothing."""
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Zero z of the heads."""
+        return with_z(call, where, call.output.new_zeros(1, 1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Scale(HeadEdit):
+    """z = factor * z; a factor of 1 changes nothing."""
+
+    factor: float
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Scale z of the heads."""
+        return with_z(call, where, call.output[:, :, where.heads] * self.factor)
+
+
+@dataclass(frozen=True)
+class Mean(HeadEdit):
+    """z = its mean over a reference set: the heads write what they write on average.
+
+    `means` holds `head d_v` a site name, from `lens.mean_z(reference)`, or one mean a position,
+    `position head d_v`, from `lens.mean_z(reference, by_position=True)`.
+    """
+
+    means: Mapping[str, Float[Tensor, "*position head d_v"]]
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Put the mean in the place of z."""
+        means = at_site(self.means, site, "mean z", site.heads).to(call.output)
+        if means.ndim == 2:
+            return with_z(call, where, means[where.heads][None, None])
+        last = int(where.counted.max())
+        if last >= means.shape[0]:
+            raise InputError(
+                f"The means for {site.name} cover {means.shape[0]} positions and the input has "
+                f"{last + 1}. Make them from prompts as long, or without by_position."
+            )
+        return with_z(call, where, means[where.counted][:, :, where.heads])
+
+
+@dataclass(frozen=True)
+class Uniform(HeadEdit):
+    """A = 1 / number of visible keys: even attention, without the future.
+
+    z is the running mean of the visible values, so no map is made.
+    """
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Make the rows even, and z the mean of the visible values."""
+
+        def even(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
+            visible = torch.ones_like(pattern[:, :1]) if seen is None else seen.to(pattern.dtype)
+            return visible / visible.sum(-1, keepdim=True).clamp_min(1)
+
+        return with_pattern(site, call, where, even, mean_of_visible(site, call, where.heads))
+
+
+@dataclass(frozen=True)
+class Identity(HeadEdit):
+    """A = (1 - share) A + share I: each row looks at its own token, wholly or in part.
+
+    z becomes (1 - share) z + share v, with v of the row's own token. A share between is the mix of
+    Smoothed PAG (SoftPAG).
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise InputError(f"share={self.share:g} is no share: give 0 to 1.")
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Mix the rows with the identity, and z with the row's own value."""
+        if site.kind == "cross":
+            raise InputError(
+                f"{site.name} is cross-attention: its rows and keys are different texts, so there "
+                "is no identity. Choose uniform or zero there."
+            )
+        own = where.row_places - where.key_places[0]
+        if int(own.min()) < 0 or int(own.max()) >= call.key.shape[2]:
+            raise InputError(f"The keys of {site.name} do not hold the rows' own tokens.")
+
+        def mixed(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
+            eye = torch.zeros_like(pattern[0, 0])
+            columns = own[view.rows] - view.keys.start
+            eye[torch.arange(len(columns), device=eye.device), columns] = 1
+            return torch.lerp(pattern, eye.expand_as(pattern), self.share)
+
+        values = call.value[:, where.heads // (site.heads // site.groups)][:, :, own]
+        z = torch.lerp(call.output[:, :, where.heads], values.transpose(1, 2), self.share)
+        return with_pattern(site, call, where, mixed, z)
+
+
+def mean_of_visible(
+    site: Site, call: Call, heads: Tensor
+) -> Float[Tensor, "batch query chosen d_v"]:
+    """Mean of the values that each row sees; rows that see nothing give 0."""
+    rows = Rows.at(site, call)
+    groups = heads // (site.heads // site.groups)
+    value = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
+    if rows.mask is not None:
+        by_head = rows.mask.shape[1] > 1
+        rows = rows.select(heads) if by_head else rows
+        z = _mean_under_mask(rows, value[:, groups] if by_head else value)
+        return (z if by_head else z[:, groups]).transpose(1, 2)
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if rows.causal:
+        seen = torch.arange(1, queries + 1, device=value.device).clamp(max=keys)
+        z = value.cumsum(2)[:, :, seen - 1] / seen[:, None]
+    else:
+        z = value.mean(2, keepdim=True).expand(-1, -1, queries, -1)
+    return z[:, groups].transpose(1, 2)
+
+
+def _mean_under_mask(
+    rows: Rows, value: Float[Tensor, "batch own key d_v"]
+) -> Float[Tensor, "batch own query d_v"]:
+    """Mean of the values under a mask, a block of rows at a time; one mask may serve all heads."""
+    parts: list[Tensor] = []
+    for part in rows.blocks():
+        keys = rows.keys_seen(part)
+        seen = rows.visible(part, keys)
+        assert seen is not None
+        weights = seen.to(value.dtype)
+        parts.append(weights @ value[:, :, keys] / weights.sum(-1, keepdim=True).clamp_min(1))
+    return torch.cat(parts, dim=2)

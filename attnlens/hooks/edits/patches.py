@@ -1,0 +1,208 @@
+"""Edits that put kept tensors in the place of the model's own, or add vectors to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlens.anatomy import Anatomy, Head, Site
+from attnlens.errors import InputError
+from attnlens.hooks.edits.base import (
+    HeadEdit,
+    StreamEdit,
+    at_site,
+    taken_at,
+    with_pattern,
+    with_z,
+)
+from attnlens.hooks.seam import Asked, Call, View
+from attnlens.hooks.where import Positions, Where
+
+Kind = Literal["q", "k", "v", "z", "pattern"]
+
+
+@dataclass(frozen=True)
+class _OfKind(HeadEdit):
+    """An edit of one of the tensors that attention is made of.
+
+    Heads that share keys and values share an edit of them: `moved` names them all.
+    """
+
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in get_args(Kind):
+            raise InputError(f"There is no {self.kind!r}; choose {', '.join(get_args(Kind))}.")
+
+    def moved(self, anatomy: Anatomy) -> tuple[Head, ...]:
+        """The heads named, and for k and v those that share them."""
+        named = super().moved(anatomy)
+        if self.kind not in ("k", "v"):
+            return named
+        found: dict[Head, None] = {}
+        for head in named:
+            site = anatomy[head.site]
+            size = site.heads // site.groups
+            first = head.head // size * size
+            found |= dict.fromkeys(site.head(n) for n in range(first, first + size))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Patch(_OfKind):
+    """q, k, v, z or pattern = what was kept of another run: activation patching.
+
+    `values` holds a tensor a site name as `lens.run(prompts, keep=kind)[kind]` gives it, with all
+    heads: q and z `batch head query d`, k and v `batch group key d` (after rotary embedding),
+    pattern `batch head query key`. A batch of one serves all prompts. `queries` chooses rows of q,
+    z and pattern, `keys` those of k and v.
+    """
+
+    values: Mapping[str, Float[Tensor, "batch heads position last"]] = field(
+        metadata={"by_prompt": True}, repr=False
+    )
+    keys: Positions = field(default=None, kw_only=True)
+
+    def enter(self, site: Site, asked: Asked, where: Where) -> Asked:
+        """Replace q, k or v."""
+        if self.kind not in ("q", "k", "v"):
+            return asked
+        return _change_input(site, asked, where, self.kind, self._taken(site, where))
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Replace z, or the weights and with them z."""
+        if self.kind == "z":
+            z, covered = self._taken(site, where)(call.output.transpose(1, 2))
+            return with_z(call, _only(where, covered), z[:, where.heads].transpose(1, 2))
+        if self.kind == "pattern":
+            return self._with_pattern(site, call, where)
+        return call
+
+    def _with_pattern(self, site: Site, call: Call, where: Where) -> Call:
+        kept = at_site(self.values, site, "pattern", site.heads)
+        rows, covered = taken_at(kept, 2, where.row_places, where.decoding, site, "pattern")
+        weights, _ = taken_at(rows, 3, where.key_places, where.decoding, site, "pattern")
+        weights = weights.to(call.output)
+
+        def patched(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
+            own = weights if weights.shape[0] == 1 else weights[view.prompts]
+            return own[:, view.heads, view.rows, view.keys].expand_as(pattern)
+
+        return with_pattern(site, call, _only(where, covered), patched)
+
+    def _taken(self, site: Site, where: Where) -> Change:
+        of_keys = self.kind in ("k", "v")
+        kept = at_site(self.values, site, self.kind, site.groups if of_keys else site.heads)
+        places = where.key_places if of_keys else where.row_places
+        taken, covered = taken_at(kept, 2, places, where.decoding, site, self.kind)
+        return lambda own: (taken.to(own), covered)
+
+
+@dataclass(frozen=True)
+class Steer(_OfKind):
+    """q, k, v or z + factor * vector: one direction a head, at the chosen rows or keys.
+
+    `vectors` holds `head d` (`group d` for k and v) a site name. On q and k of contextual heads
+    these are Focus Directions; a weight pattern has no direction.
+    """
+
+    vectors: Mapping[str, Float[Tensor, "heads last"]]
+    factor: float = 1.0
+    keys: Positions = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "pattern":
+            raise InputError("A pattern has no direction to steer in; choose q, k, v or z.")
+
+    def enter(self, site: Site, asked: Asked, where: Where) -> Asked:
+        """Add to q, k or v."""
+        if self.kind == "z":
+            return asked
+        return _change_input(site, asked, where, self.kind, self._moved_by(site))
+
+    def see(self, site: Site, call: Call, where: Where) -> Call:
+        """Add to z."""
+        if self.kind != "z":
+            return call
+        z, _ = self._moved_by(site)(call.output.transpose(1, 2))
+        return with_z(call, where, z[:, where.heads].transpose(1, 2))
+
+    def _moved_by(self, site: Site) -> Change:
+        heads = site.groups if self.kind in ("k", "v") else site.heads
+        vectors = at_site(self.vectors, site, "vector", heads)
+        return lambda own: (own + self.factor * vectors.to(own)[:, None], None)
+
+
+@dataclass(frozen=True)
+class PatchStream(StreamEdit):
+    """Residual stream or MLP output = what was kept of another run.
+
+    `values` holds `batch query d_model` a site name, as `lens.run(prompts, keep="residual")` gives
+    the stream that enters a layer's block.
+    """
+
+    values: Mapping[str, Float[Tensor, "batch query d_model"]] = field(
+        kw_only=True, metadata={"by_prompt": True}, repr=False
+    )
+
+    def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
+        """Put the kept stream in the place of the model's."""
+        kept = at_site(self.values, site, self.stream)
+        places = torch.arange(start, start + stream.shape[1], device=stream.device)
+        taken, covered = taken_at(kept, 1, places, start > 0, site, self.stream)
+        if covered is not None:
+            rows = covered[None] if rows is None else rows & covered
+        taken = taken.to(stream).expand_as(stream)
+        return taken if rows is None else torch.where(rows[..., None], taken, stream)
+
+
+@dataclass(frozen=True)
+class SteerStream(StreamEdit):
+    """Residual stream or MLP output + factor * vector, `d_model` a site name."""
+
+    vectors: Mapping[str, Float[Tensor, " d_model"]] = field(kw_only=True)
+    factor: float = field(default=1.0, kw_only=True)
+
+    def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
+        """Add the vector."""
+        moved = stream + self.factor * at_site(self.vectors, site, "vector").to(stream)
+        return moved if rows is None else torch.where(rows[..., None], moved, stream)
+
+
+# own tensor `batch heads position d` -> (another, which positions it covers)
+Change = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def _change_input(site: Site, asked: Asked, where: Where, kind: Kind, change: Change) -> Asked:
+    """The call with q, k or v of the chosen heads and positions changed."""
+    name = {"q": "query", "k": "key", "v": "value"}[kind]
+    own: Tensor = getattr(asked, name)
+    changed, covered = change(own)
+    positions, heads = where.rows, where.heads
+    if kind != "q":
+        positions, heads = where.keys, torch.unique(heads // (site.heads // site.groups))
+    positions = _both(positions, covered)
+    if positions is not None:
+        changed = torch.where(positions[:, None, :, None], changed, own)
+    result = own.clone()
+    result[:, heads] = changed.expand_as(own)[:, heads]
+    return replace(asked, **{name: result})
+
+
+def _only(where: Where, covered: Bool[Tensor, " row"] | None) -> Where:
+    return replace(where, rows=_both(where.rows, covered))
+
+
+def _both(
+    chosen: Bool[Tensor, "batch place"] | None, covered: Bool[Tensor, " place"] | None
+) -> Bool[Tensor, "#batch place"] | None:
+    if covered is None:
+        return chosen
+    return covered[None] if chosen is None else chosen & covered
