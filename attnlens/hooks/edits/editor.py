@@ -18,6 +18,9 @@ from attnlens.hooks.where import Running, Where
 FindMlps = Callable[[], Mapping[str, str]]
 """Names of the modules whose output is what an MLP adds to the stream, by block."""
 
+ChangeStream = Callable[[str, Site, Tensor], Tensor]
+"""(stream, site, `batch row d_model`) -> the stream as edited."""
+
 
 class Editor(Observer):
     """Observer that applies edits at their sites.
@@ -32,6 +35,7 @@ class Editor(Observer):
         if not edits:
             raise InputError("No edit was given. For example lens.edit(al.Zero('L3H5')).")
         self.running = Running()
+        self.sites = frozenset(name for edit in edits for name in edit.sites(anatomy))
         self._anatomy = anatomy
         self._find_mlps = find_mlps
         self._heads = [
@@ -41,15 +45,29 @@ class Editor(Observer):
         ]
         self._streams = [edit for edit in edits if isinstance(edit, StreamEdit)]
         self._numbers: dict[tuple[int, str], Tensor] = {}
-        self.sites = frozenset(name for edit in edits for name in edit.sites(anatomy))
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Listen at the model's inputs; hook the blocks and MLPs whose stream is edited."""
-        handles: list[Handle] = [self.running.attach(model)]
+        running = self.running.attach(model)
+        return [running, *self.hook_streams(model, self.change_stream)]
+
+    def hook_streams(self, model: nn.Module, change: ChangeStream) -> list[Handle]:
+        """Put `change` to the streams that the edits name."""
+        places = {
+            (edit.stream, name): None
+            for edit in self._streams
+            for name in edit.sites(self._anatomy)
+        }
+        return [self._hook(model, stream, self._anatomy[name], change) for stream, name in places]
+
+    def change_stream(self, stream: str, site: Site, tensor: Tensor) -> Tensor:
+        """Apply the edits of one stream at a site's block."""
         for edit in self._streams:
-            for name in edit.sites(self._anatomy):
-                handles.append(self._hook(model, edit, self._anatomy[name]))
-        return handles
+            here = edit.stream == stream and site.name in edit.sites(self._anatomy)
+            if here and self.running.in_phase(edit.phase):
+                rows, start = self.running.rows_of_stream(site, tensor, edit.queries)
+                tensor = edit.change(site, tensor, rows, start)
+        return tensor
 
     def enter(self, site: Site, asked: Asked) -> Asked:
         """Apply the edits of q, k and v."""
@@ -76,48 +94,41 @@ class Editor(Observer):
                     found.append((edit, where))
         return found
 
-    def _hook(self, model: nn.Module, edit: StreamEdit, site: Site) -> Handle:
-        if site.block is None or (site.call and edit.stream == "residual"):
+    def _hook(self, model: nn.Module, stream: str, site: Site, change: ChangeStream) -> Handle:
+        if site.block is None or (site.call and stream == "residual"):
             raise UnsupportedModelError(
                 f"{self._anatomy.model} has no block of its own around {site.name}, so its "
-                f"{edit.stream} cannot be edited there."
+                f"{stream} cannot be edited there."
             )
-        if edit.stream == "residual":
+        if stream == "residual":
             block = model.get_submodule(site.block)
-            return block.register_forward_pre_hook(self._entering(edit, site), with_kwargs=True)
+            return block.register_forward_pre_hook(_entering(change, site), with_kwargs=True)
         mlps = self._find_mlps() if self._find_mlps is not None else {}
         if site.block not in mlps:
             raise UnsupportedModelError(
                 f"No MLP was found in {site.block} of {self._anatomy.model} whose output is added "
                 "to the residual stream; edit the stream that enters the next layer instead."
             )
-        return model.get_submodule(mlps[site.block]).register_forward_hook(
-            self._leaving(edit, site)
-        )
+        return model.get_submodule(mlps[site.block]).register_forward_hook(_leaving(change, site))
 
-    def _entering(self, edit: StreamEdit, site: Site) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (self._changed(edit, site, args[0]), *args[1:]), kwargs
-            return args, kwargs | {
-                "hidden_states": self._changed(edit, site, kwargs["hidden_states"])
-            }
 
-        return hook
+def _entering(change: ChangeStream, site: Site) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change("residual", site, args[0]), *args[1:]), kwargs
+        changed = change("residual", site, kwargs["hidden_states"])
+        return args, kwargs | {"hidden_states": changed}
 
-    def _leaving(self, edit: StreamEdit, site: Site) -> Callable[..., Any]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return self._changed(edit, site, output)
-            return (self._changed(edit, site, output[0]), *output[1:])
+    return hook
 
-        return hook
 
-    def _changed(self, edit: StreamEdit, site: Site, stream: Tensor) -> Tensor:
-        if not self.running.in_phase(edit.phase):
-            return stream
-        rows, start = self.running.rows_of_stream(site, stream, edit.queries)
-        return edit.change(site, stream, rows, start)
+def _leaving(change: ChangeStream, site: Site) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change("mlp", site, output)
+        return (change("mlp", site, output[0]), *output[1:])
+
+    return hook
 
 
 def heads_by_site(heads: Sequence[Head]) -> dict[str, list[int]]:
