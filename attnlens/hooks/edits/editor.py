@@ -48,17 +48,14 @@ class Editor(Observer):
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Listen at the model's inputs; hook the blocks and MLPs whose stream is edited."""
-        running = self.running.attach(model)
-        return [running, *self.hook_streams(model, self.change_stream)]
+        hooks = [self.hook_stream(model, *at, self.change_stream) for at in self.stream_places]
+        return [self.running.attach(model), *hooks]
 
-    def hook_streams(self, model: nn.Module, change: ChangeStream) -> list[Handle]:
-        """Put `change` to the streams that the edits name."""
-        places = {
-            (edit.stream, name): None
-            for edit in self._streams
-            for name in edit.sites(self._anatomy)
-        }
-        return [self._hook(model, stream, self._anatomy[name], change) for stream, name in places]
+    @property
+    def stream_places(self) -> tuple[tuple[str, str], ...]:
+        """(stream, site name) of every stream that is edited."""
+        places = [(e.stream, name) for e in self._streams for name in e.sites(self._anatomy)]
+        return tuple(dict.fromkeys(places))
 
     def change_stream(self, stream: str, site: Site, tensor: Tensor) -> Tensor:
         """Apply the edits of one stream at a site's block."""
@@ -94,7 +91,9 @@ class Editor(Observer):
                     found.append((edit, where))
         return found
 
-    def _hook(self, model: nn.Module, stream: str, site: Site, change: ChangeStream) -> Handle:
+    def hook_stream(self, model: nn.Module, stream: str, name: str, change: ChangeStream) -> Handle:
+        """Put `change` to a stream at the block of a site."""
+        site = self._anatomy[name]
         if site.block is None or (site.call and stream == "residual"):
             raise UnsupportedModelError(
                 f"{self._anatomy.model} has no block of its own around {site.name}, so its "
