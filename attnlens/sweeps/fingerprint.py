@@ -15,9 +15,10 @@ from attnlens.lens import Lens
 from attnlens.tasks import Task
 
 _CHUNK = 1 << 26  # bytes hashed at a time, so that a weight on a GPU is never copied whole
-_PASSING = frozenset(  # of a config: where the model came from and how it is run, not what it is
-    "_name_or_path transformers_version architectures id2label label2id dtype torch_dtype use_cache "
-    "output_attentions output_hidden_states return_dict".split()
+# Of a config: where the model came from and how it is run, not what it is.
+_PASSING = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype"}
+    | {"torch_dtype", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 )
 
 

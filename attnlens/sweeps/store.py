@@ -34,7 +34,7 @@ SECONDS = 1.0
 
 _MANIFEST = "manifest.json"
 _ROWS = "rows"
-_LARGE = 50_000  # rows at which a part is closed: to write it anew takes some 10 ms
+_LARGE = 20_000  # rows at which a part is closed: to write it anew takes some 10 ms
 
 
 @dataclass

@@ -1,0 +1,157 @@
+"""The clean run of some prompts, kept so that a trial goes on from the layer that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.anatomy import Anatomy
+from attnlens.errors import InputError, UnsupportedModelError
+from attnlens.hooks.edits import Edit
+from attnlens.hooks.edits.base import HeadEdit
+from attnlens.hooks.mlp import OnlyRows
+from attnlens.hooks.restart import Record, Recording, Restart
+from attnlens.hooks.session import Observer
+from attnlens.lens import Lens
+from attnlens.lens.inputs import Batch, repeated
+from attnlens.sweeps.stack import Stack
+from attnlens.tasks import Task
+
+# A restarted run repeats the operations of the full one on the same numbers; products of another
+# height may round otherwise, and each layer carries that on.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """Some prompts of a task as they run with nothing edited, recorded layer by layer.
+
+    Attributes:
+        values: the metric of each prompt.
+        logits: logits at the reads.
+        recording: what each block returned; None where the model cannot be restarted.
+        problem: why it cannot.
+
+    """
+
+    lens: Lens
+    task: Task
+    metric: str
+    batch: Batch
+    logits: Float[Tensor, "prompt read vocab"]
+    recording: Recording | None
+    problem: str | None
+
+    @classmethod
+    def of(cls, lens: Lens, task: Task, metric: str, restart: bool = True) -> CleanRun:
+        """Run the prompts of a (part of a) task."""
+        width = int(task.mask.sum(1).max())
+        ids, mask = task.clean[:, :width], task.mask[:, :width]
+        batch = lens.encode({"input_ids": ids, "attention_mask": mask.long()})
+        if not restart:
+            return cls(lens, task, metric, batch, lens.logits_at(batch, task.reads), None, None)
+        try:
+            record = Record(lens.anatomy_for(batch))
+            logits = lens.logits_at(batch, task.reads, record)
+            return cls(lens, task, metric, batch, logits, record.recording, None)
+        except UnsupportedModelError as error:
+            logits = lens.logits_at(batch, task.reads)
+            return cls(lens, task, metric, batch, logits, None, str(error))
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's sites."""
+        return self.lens.anatomy_for(self.batch)
+
+    @cached_property
+    def values(self) -> Float[Tensor, " prompt"]:
+        """The metric of each prompt, in float64 on the CPU."""
+        return self.grade(self.logits)[0]
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the batch, padding counted."""
+        ids = self.batch.ids
+        assert ids is not None
+        return ids.numel()
+
+    def grade(self, logits: Float[Tensor, "row read vocab"]) -> Float[Tensor, "copy prompt"]:
+        """The metric of each copy of the prompts."""
+        copies = logits.unflatten(0, (-1, len(self.task)))
+        return torch.stack([self.task.score(own, self.metric).double().cpu() for own in copies])
+
+    def first_site(self, edits: Sequence[Edit]) -> str:
+        """Name of the site that runs first of those that the edits change."""
+        named = {name for edit in edits for name in edit.sites(self.anatomy)}
+        return next(site.name for site in self.anatomy.sites if site.name in named)
+
+    @torch.no_grad()
+    def run(
+        self, trials: Sequence[Sequence[Edit]], site: str | None = None
+    ) -> Float[Tensor, "trial prompt"]:
+        """The metric under each trial's edits, all in one forward.
+
+        `site` is the first that any of them changes: what lies below is not run again, nor is its
+        attention where edits of heads alone are asked of it.
+        """
+        stack = Stack(
+            self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.find_mlps
+        )
+        observers: list[Observer] = [stack]
+        if self.recording is not None and site is not None:
+            observers = [self._restart(stack, trials, site), *self._cut(), stack]
+        batch = repeated(self.batch, len(trials))
+        reads = self.task.reads.repeat(len(trials), 1)
+        return self.grade(self.lens.logits_at(batch, reads, *observers))
+
+    def _restart(self, stack: Stack, trials: Sequence[Sequence[Edit]], name: str) -> Restart:
+        assert self.recording is not None
+        site, z = self.anatomy[name], None
+        attended = self.recording.attention.get(name)
+        streams = [e for edits in trials for e in edits if not isinstance(e, HeadEdit)]
+        here = any(name in edit.sites(self.anatomy) for edit in streams)
+        if attended is not None and attended.replaceable and not here:
+            z = stack.z_at(site, attended.call)
+        return Restart(self.anatomy, self.recording, site, len(trials), z)
+
+    def check(self) -> str | None:
+        """Why restarted runs of this model differ from full ones; None where they agree.
+
+        One run goes on from the middle with nothing changed and has to give the clean logits.
+        """
+        if self.recording is None:
+            return self.problem
+        site = self.anatomy.sites[len(self.anatomy.sites) // 2]
+        attended = self.recording.attention.get(site.name)
+        z = attended.call.output if attended is not None and attended.replaceable else None
+        try:
+            again = self.lens.logits_at(
+                self.batch,
+                self.task.reads,
+                Restart(self.anatomy, self.recording, site, 1, z),
+                *self._cut(),
+            )
+        except (UnsupportedModelError, RuntimeError, ValueError, TypeError) as error:
+            return f"going on from {site.name} fails ({error})"
+        apart = float((again - self.logits).abs().max())
+        scale = float(self.logits.abs().max())
+        if apart > TOLERANCES.get(self.logits.dtype, 1e-2) * max(scale, 1.0):
+            return f"going on from {site.name} gives logits that differ by {apart:.2g}"
+        return None
+
+    def check_finite(self) -> None:
+        """Raise InputError where the model gives no numbers on a prompt."""
+        bad = (~self.values.isfinite()).nonzero()
+        if len(bad):
+            raise InputError(
+                f"{self.anatomy.model} gives {float(self.values[bad[0, 0]])} for the {self.metric} "
+                f"of a prompt with nothing edited. Check its weights (lens.check()) and its dtype."
+            )
+
+    def _cut(self) -> tuple[Observer, ...]:
+        return ()
