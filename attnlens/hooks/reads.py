@@ -1,0 +1,73 @@
+"""Logits at the positions that a metric reads, and at no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from attnlens.anatomy import Anatomy
+from attnlens.errors import SeamError, UnsupportedModelError
+from attnlens.hooks.session import Handle, Observer
+
+
+class ReadRows(Observer):
+    """Observer under which the unembedding is given the read positions alone.
+
+    The model's logits are then `batch read vocab`: row `i` of a prompt is position `reads[i]`.
+
+    Raises:
+        UnsupportedModelError: the model has no unembedding.
+
+    """
+
+    def __init__(self, anatomy: Anatomy, reads: Int[Tensor, "batch read"]) -> None:
+        if anatomy.unembedding is None:
+            raise UnsupportedModelError(
+                f"{anatomy.model} has no unembedding, so there are no logits to read. Load the "
+                "model with its head."
+            )
+        self._name = anatomy.unembedding
+        self._reads = reads
+        self._fired = False
+
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
+        """Hook the unembedding, and see to it that every forward comes by it."""
+        unembedding = model.get_submodule(self._name)
+        return [
+            model.register_forward_pre_hook(self._begin),
+            unembedding.register_forward_pre_hook(self._take, with_kwargs=True),
+            model.register_forward_hook(self._check),
+        ]
+
+    def _begin(self, *_: object) -> None:
+        self._fired = False
+
+    def _take(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._fired = True
+        if args:
+            return (self._rows(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: self._rows(kwargs[name])}
+
+    def _rows(self, hidden: Tensor) -> Tensor:
+        reads = self._reads.to(hidden.device)
+        fits = hidden.ndim == 3 and hidden.shape[0] == reads.shape[0]
+        if not fits or int(reads.max()) >= hidden.shape[1]:
+            raise SeamError(
+                f"{self._name} is given {list(hidden.shape)}, in which the positions read, "
+                f"{list(reads.shape)} up to {int(reads.max())}, cannot be found. Give reads "
+                "[batch, read] of the padded input, and leave logits_to_keep alone."
+            )
+        return hidden.gather(1, reads[..., None].expand(-1, -1, hidden.shape[2]))
+
+    def _check(self, *_: object) -> None:
+        if not self._fired:
+            raise SeamError(
+                f"{self._name} did not run in this forward, so its logits are of all positions. "
+                "The model computes them in another way; read them without ReadRows."
+            )

@@ -1,0 +1,402 @@
+"""A forward pass that goes on from a layer, with what is known below it from a clean run.
+
+`Record` notes in one ordinary forward what every transformer block and every asked attention module
+returned. `Restart` then runs the model with all that came before one site replaced by what it
+returned, so none of it is computed; embeddings and masks are. Values keep the order in which
+modules ran, not names of layers, so encoders, decoders, towers and layers without attention are
+skipped by one rule: what was over before the site's module began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnlens.anatomy import Anatomy, Site
+from attnlens.errors import SeamError, UnsupportedModelError
+from attnlens.hooks.replaced import Replaced
+from attnlens.hooks.seam import Call
+from attnlens.hooks.session import Handle, Observer
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One module's run in a recorded forward: when, on what shape, and what it returned."""
+
+    name: str
+    began: int
+    ended: int
+    entered: tuple[int, ...] | None
+    """Shape of the stream that entered it."""
+    value: Any
+    """The whole return value; its first tensor is a copy."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One site of a recorded forward: its clean call, and its module's run."""
+
+    call: Call
+    ran: Ran
+    projection: str | None
+    """The output projection, where its output is what the module returned."""
+    projected: tuple[int, ...] | None
+    """Shape of what the projection, or else the module's caller, is given; None where unknown."""
+
+    @property
+    def takes_z(self) -> bool:
+        """Whether a module's return value can be made from z, so that attention can be skipped."""
+        return self.projected is not None
+
+    def with_z(
+        self, model: nn.Module, z: Float[Tensor, "rows query head d_v"], times: int = 1
+    ) -> Any:
+        """What the module returns with this z, of `times` copies of the recorded batch."""
+        assert self.projected is not None
+        first = z.reshape(times * self.projected[0], *self.projected[1:])
+        if self.projection is not None:
+            first = model.get_submodule(self.projection)(first)
+        shape = first_tensor(self.ran.value).shape
+        first = first.reshape(times * shape[0], *shape[1:])
+        return _put(self.ran.value, [first, *_widened(self.ran.value, times)[1:]])
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What blocks and attention modules returned in one clean forward, in the order of their ends.
+
+    Attributes:
+        ran: runs of blocks and of the recorded sites' attention modules.
+        attention: clean call and return value by site name.
+        reason: why no forward of this model can go on from a layer; None where it can.
+
+    """
+
+    model: str
+    ran: tuple[Ran, ...]
+    attention: Mapping[str, Attended]
+    reason: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds; what several values share is counted once."""
+        held: dict[int, int] = {}
+        values = [run.value for run in self.ran]
+        calls = [attended.call for attended in self.attention.values()]
+        values += [(call.query, call.key, call.value, call.output, call.mask) for call in calls]
+        for tensor in (tensor for value in values for tensor in tensors_of(value)):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return sum(held.values())
+
+    def before(self, site: str) -> tuple[Ran, ...]:
+        """The outermost runs that were over when the attention module of a site began."""
+        own = self.of(site).ran
+        over = [run for run in self.ran if run.ended < own.began]
+        return tuple(
+            run
+            for run in over
+            if not any(o.began < run.began and run.ended < o.ended for o in over)
+        )
+
+    def of(self, site: str) -> Attended:
+        """What was recorded of a site.
+
+        Raises:
+            UnsupportedModelError: the model cannot be restarted.
+            SeamError: the site was not recorded.
+
+        """
+        if self.reason is not None:
+            raise UnsupportedModelError(self.reason)
+        if site not in self.attention:
+            raise SeamError(
+                f"{site} is not among the recorded sites ({', '.join(self.attention)}); "
+                "name it when recording."
+            )
+        return self.attention[site]
+
+
+class Record(Observer):
+    """Observer that makes a `Recording` of a forward with these sites; the last forward counts."""
+
+    def __init__(self, anatomy: Anatomy, sites: Sequence[Site] | None = None) -> None:
+        self._anatomy = anatomy
+        self._asked = tuple(anatomy.sites if sites is None else sites)
+        self.sites = frozenset(site.name for site in self._asked)
+        self._forget()
+
+    @property
+    def recording(self) -> Recording:
+        """What was recorded.
+
+        Raises:
+            SeamError: no forward has run, or a site did not.
+
+        """
+        missing = [site.name for site in self._asked if site.name not in self._attention]
+        if missing:
+            raise SeamError(f"No forward was recorded that attends at {', '.join(missing)}.")
+        return Recording(self._anatomy.model, tuple(self._ran), self._attention, self._reason())
+
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
+        """Hooks on blocks, on attention modules, and on their projections."""
+        handles: list[Handle] = [model.register_forward_pre_hook(lambda *_: self._forget())]
+        names = [*block_names(model, self._anatomy), *(site.module for site in self._asked)]
+        for name in dict.fromkeys(names):
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._begin(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._end(name)))
+        for name in {site.output for site in self._asked if site.output is not None}:
+            handles.append(model.get_submodule(name).register_forward_hook(self._project(name)))
+        return handles
+
+    def see(self, site: Site, call: Call) -> Call:
+        """Keep a copy of the call; the call itself is left alone."""
+        copies = {part: getattr(call, part).detach().clone() for part in _PARTS}
+        self._calls[site.name] = replace(call, weights=None, **copies)
+        self._weights.append(call.weights)
+        self._inside[site.name] = tuple(name for name, _, _ in self._open)
+        return call
+
+    def _forget(self) -> None:
+        self._clock = 0
+        self._open: list[tuple[str, int, tuple[int, ...] | None]] = []
+        self._ran: list[Ran] = []
+        self._calls: dict[str, Call] = {}
+        self._inside: dict[str, tuple[str, ...]] = {}
+        self._weights: list[Tensor | None] = []
+        self._projected: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._attention: dict[str, Attended] = {}
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _begin(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._open.append((name, self._tick(), _entered(args, kwargs)))
+
+        return hook
+
+    def _end(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            own, began, entered = self._open.pop()
+            assert own == name
+            run = Ran(name, began, self._tick(), entered, self._copied(output))
+            self._ran.append(run)
+            for site in self._asked:
+                if site.module == name and site.name in self._calls:
+                    self._attention.setdefault(site.name, self._attended(site, run))
+            self._weights.clear()
+
+        return hook
+
+    def _project(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                self._projected[name] = tuple(args[0].shape), output
+
+        return hook
+
+    def _attended(self, site: Site, run: Ran) -> Attended:
+        """Where z goes in what the module returned, told by its numbers."""
+        call = self._calls[site.name]
+        returned = first_tensor(run.value)
+        if site.output in self._projected:
+            shape, output = self._projected.pop(site.output)
+            if _same(returned, output):
+                return Attended(call, run, site.output, shape)
+        shape = tuple(returned.shape) if _same(returned, call.output) else None
+        return Attended(call, run, None, shape)
+
+    def _copied(self, output: Any) -> Any:
+        """The value with its stream copied, since later steps may write to it, without weights."""
+        first, *others = tensors_of(output)
+        weights = [id(tensor) for tensor in self._weights if tensor is not None]
+        kept = [None if id(tensor) in weights else _free(tensor) for tensor in others]
+        return _put(output, [_free(first).clone(), *kept])
+
+    def _reason(self) -> str | None:
+        """Why what comes after cannot be told from what came before."""
+        names = [run.name for run in self._ran]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is None:
+            return None
+        return (
+            f"{self._anatomy.model} runs {twice} more than once in a forward pass, so its later "
+            "runs cannot be told from the skipped ones and no forward can go on from a layer. "
+            "Run full forwards."
+        )
+
+
+class Restart(Observer):
+    """Observer under which a forward goes on from a site: what came before is not computed.
+
+    The inputs of the run are `times` copies of the recorded batch, copy by copy: rows `i B` to
+    `(i + 1) B` are copy `i`. With `z`, of all copies, the site's own queries, keys and attention
+    are not computed either. A site whose attention is skipped makes no call, so no other observer
+    may ask for it.
+
+    Raises:
+        UnsupportedModelError: the model cannot be restarted, or takes no z at this site.
+
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        site: Site,
+        times: int = 1,
+        z: Float[Tensor, "rows query head d_v"] | None = None,
+    ) -> None:
+        own = recording.of(site.name)
+        if z is not None and not own.takes_z:
+            raise UnsupportedModelError(
+                f"What {site.module} of {recording.model} returns is not z through its output "
+                "projection (a gate or a norm stands between): restart it without z."
+            )
+        self._site = site
+        self._own = own
+        self._times = times
+        self._z = z
+        self._skipped = recording.before(site.name)
+        self._reached: set[str] = set()
+        self._wide: dict[int, Tensor] = {}
+
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
+        """Replace the forward of all that came before, and of the site's module where z is given.
+
+        Only the thread that does so is served by the replacements.
+        """
+        handles: list[Handle] = [
+            model.register_forward_pre_hook(lambda *_: self._reached.clear()),
+            model.register_forward_hook(self._check),
+        ]
+        for run in self._skipped:
+            handles.append(Replaced(model.get_submodule(run.name), self._returning(run)))
+        z = self._z
+        if z is not None:
+            module = model.get_submodule(self._site.module)
+            handles.append(
+                Replaced(module, lambda *_, **__: self._own.with_z(model, z, self._times))
+            )
+        return handles
+
+    def _returning(self, run: Ran) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            entered = _entered(args, kwargs)
+            wide = run.entered and (self._times * run.entered[0], *run.entered[1:])
+            if entered != wide:
+                raise SeamError(
+                    f"What enters {run.name} has shape {entered}, and {self._times} copies of the "
+                    f"recorded batch have {wide}: restart with copies of the batch recorded."
+                )
+            self._reached.add(run.name)
+            return _put(run.value, _widened(run.value, self._times, self._wide))
+
+        return forward
+
+    def _check(self, *_: object) -> None:
+        """Raise where the model did not come by a skipped module: something else was computed."""
+        missed = [run.name for run in self._skipped if run.name not in self._reached]
+        if missed:
+            raise SeamError(
+                f"The model did not run {', '.join(missed)} in this forward, as it did in the "
+                "recorded one: give it the recorded inputs."
+            )
+
+
+_PARTS = ("query", "key", "value", "output")
+
+
+def block_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Members of the lists of blocks that hold the sites, those without attention among them.
+
+    Where lists are nested (stages of blocks), the outermost and the one that `Site.block` names.
+    """
+    lists: dict[str, None] = {}
+    for site in anatomy.sites:
+        if site.block is None:
+            continue
+        parts = site.block.split(".")
+        around = [".".join(parts[:end]) for end in range(1, len(parts))]
+        found = [name for name in around if isinstance(model.get_submodule(name), nn.ModuleList)]
+        lists.update(dict.fromkeys([found[0], found[-1]]))
+    return [
+        f"{name}.{child}"
+        for name in lists
+        for child, _ in model.get_submodule(name).named_children()
+    ]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a return value, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for part in value.values() for tensor in tensors_of(part)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    return []
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The stream in a return value."""
+    return tensors_of(value)[0]
+
+
+def _put(value: Any, tensors: Sequence[Tensor | None]) -> Any:
+    """The return value with other tensors in the places of its own."""
+    return _filled(value, iter(tensors))
+
+
+def _filled(value: Any, tensors: Iterator[Tensor | None]) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, Mapping):
+        return type(value)(**{name: _filled(part, tensors) for name, part in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)([_filled(part, tensors) for part in value])
+    return value
+
+
+def _widened(value: Any, times: int, wide: dict[int, Tensor] | None = None) -> list[Tensor]:
+    """The tensors of a value for `times` copies; those with one row for all prompts stay.
+
+    `wide` holds what blocks pass along unchanged (a position bias), so that it is copied once.
+    """
+    first, *others = tensors_of(value)
+    wide = {} if wide is None else wide
+    for tensor in others:
+        if id(tensor) not in wide:
+            repeated = tensor.shape and tensor.shape[0] == first.shape[0] != 1 and times > 1
+            wide[id(tensor)] = _repeated(tensor, times) if repeated else tensor
+    return [_repeated(first, times), *(wide[id(tensor)] for tensor in others)]
+
+
+def _free(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; the very tensor where it has none."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _repeated(tensor: Tensor, times: int) -> Tensor:
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+
+
+def _entered(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Shape of the first tensor that a module is given."""
+    given = next((part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)), None)
+    return None if given is None else tuple(given.shape)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order; padded rows may be NaN."""
+    if a.numel() != b.numel() or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.allclose(a.flatten(), b.flatten(), rtol=0, atol=0, equal_nan=True)
