@@ -318,6 +318,19 @@ def split(batch: Batch, size: int, by_length: bool = True) -> tuple[list[Batch],
     return [_take(batch, order[i : i + size]) for i in range(0, len(order), size)], order
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """Copies of a batch one after another."""
+    if times == 1:
+        return batch
+    inputs = {
+        name: value.repeat(times, *[1] * (value.ndim - 1))
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch.size
+        else value
+        for name, value in batch.inputs.items()
+    }
+    return Batch(inputs, Sides.of(inputs), batch.tokens * times)
+
+
 def _one_row_a_prompt(batch: Batch) -> bool:
     tensors = [value for value in batch.inputs.values() if isinstance(value, Tensor)]
     prompts = batch.ids.shape[0] if batch.ids is not None else batch.size

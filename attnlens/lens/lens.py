@@ -27,6 +27,7 @@ from attnlens.hooks.keep import Keep, Request, check_budget
 from attnlens.hooks.measure import Measure, merge
 from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
+from attnlens.hooks.reads import ReadRows
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.session import Observer, Session
 from attnlens.lens.decode import Decoded, Decoder, end_ids
@@ -187,7 +188,7 @@ class Lens:
         `with lens.edit(al.Zero("L3H5"), al.Scale("L4", 2.0)): ...`. Afterwards the model is as it
         was; a block in which an edited site never ran raises SeamError.
         """
-        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits)]):
+        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits, self.find_mlps)]):
             self._edits += 1
             try:
                 yield
@@ -226,29 +227,35 @@ class Lens:
             }
         return {name: (total.sum(0) / counts[name].sum()).to(dtype) for name, total in sums.items()}
 
-    @torch.no_grad()
     def logits(
         self, inputs: Inputs, reads: Int[Tensor, "prompt read"], batch_size: int = 16
     ) -> Float[Tensor, "prompt read vocab"]:
         """Next-token logits at the given positions of each prompt."""
         parts, _ = split(self.encode(inputs), batch_size, by_length=False)
-        found: list[Tensor] = []
-        start = 0
-        for part in parts:
-            own = reads[start : start + part.size].to(self.device)
-            start += part.size
-            positions = torch.unique(own)
-            output = self._forward(part, positions=positions)
-            logits = getattr(output, "logits", None)
-            if logits is None:
-                raise InputError(
-                    f"{self.anatomy.model} has no logits: it has no language-model head. Load the "
-                    "model with its head to grade its answers."
-                )
-            if logits.shape[1] == len(positions) != part.inputs["input_ids"].shape[1]:
-                own = torch.searchsorted(positions, own)
-            found.append(logits.gather(1, own[..., None].expand(-1, -1, logits.shape[-1])))
-        return torch.cat(found)
+        own = reads.split([part.size for part in parts])
+        return torch.cat([self.logits_at(*pair) for pair in zip(parts, own, strict=True)])
+
+    def logits_at(
+        self, batch: Batch, reads: Int[Tensor, "prompt read"], *observers: Observer
+    ) -> Float[Tensor, "prompt read vocab"]:
+        """Run one batch with observers; only the rows that are read are unembedded.
+
+        Raises:
+            InputError: the model has no language-model head.
+
+        """
+        anatomy = self.anatomy_for(batch)
+        if anatomy.unembedding is None:
+            raise InputError(
+                f"{self.anatomy.model} has no logits: it has no language-model head. Load the "
+                "model with its head to grade its answers."
+            )
+        with Session(self.model, anatomy, [*observers, ReadRows(anatomy, reads)]):
+            return self._forward(batch).logits
+
+    def find_mlps(self) -> Mapping[str, str]:
+        """Name of the module that writes what a block's MLP adds to the stream, by block."""
+        return {}
 
     def decode(
         self,
@@ -294,15 +301,13 @@ class Lens:
         return self._anatomies[key]
 
     @torch.no_grad()
-    def _forward(
-        self, batch: Batch, last_logits: bool = False, positions: Tensor | None = None
-    ) -> Any:
+    def _forward(self, batch: Batch, last_logits: bool = False) -> Any:
         inputs = dict(batch.inputs)
         accepted = inspect.signature(self.model.forward).parameters
-        if "logits_to_keep" in accepted and (last_logits or positions is not None):
-            inputs["logits_to_keep"] = 1 if positions is None else positions
+        if "logits_to_keep" in accepted and last_logits:
+            inputs["logits_to_keep"] = 1
         if "use_cache" in accepted:
-            inputs.setdefault("use_cache", False)
+            inputs.setdefault("use_cache", "past_key_values" in inputs)
         with evaluating(self.model):
             return self.model(**inputs)
 

@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.anatomy import Anatomy
-from attnlens.errors import InputError, UnsupportedModelError
+from attnlens.errors import InputError, SeamError, UnsupportedModelError
 from attnlens.hooks.edits import Edit
 from attnlens.hooks.edits.base import HeadEdit
-from attnlens.hooks.mlp import OnlyRows
 from attnlens.hooks.restart import Record, Recording, Restart
 from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
@@ -35,7 +34,6 @@ class CleanRun:
         values: the metric of each prompt.
         logits: logits at the reads.
         recording: what each block returned; None where the model cannot be restarted.
-        problem: why it cannot.
 
     """
 
@@ -45,7 +43,6 @@ class CleanRun:
     batch: Batch
     logits: Float[Tensor, "prompt read vocab"]
     recording: Recording | None
-    problem: str | None
 
     @classmethod
     def of(cls, lens: Lens, task: Task, metric: str, restart: bool = True) -> CleanRun:
@@ -54,14 +51,10 @@ class CleanRun:
         ids, mask = task.clean[:, :width], task.mask[:, :width]
         batch = lens.encode({"input_ids": ids, "attention_mask": mask.long()})
         if not restart:
-            return cls(lens, task, metric, batch, lens.logits_at(batch, task.reads), None, None)
-        try:
-            record = Record(lens.anatomy_for(batch))
-            logits = lens.logits_at(batch, task.reads, record)
-            return cls(lens, task, metric, batch, logits, record.recording, None)
-        except UnsupportedModelError as error:
-            logits = lens.logits_at(batch, task.reads)
-            return cls(lens, task, metric, batch, logits, None, str(error))
+            return cls(lens, task, metric, batch, lens.logits_at(batch, task.reads), None)
+        record = Record(lens.anatomy_for(batch))
+        logits = lens.logits_at(batch, task.reads, record)
+        return cls(lens, task, metric, batch, logits, record.recording)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -99,12 +92,10 @@ class CleanRun:
         `site` is the first that any of them changes: what lies below is not run again, nor is its
         attention where edits of heads alone are asked of it.
         """
-        stack = Stack(
-            self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.find_mlps
-        )
+        stack = Stack(self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.find_mlps)
         observers: list[Observer] = [stack]
         if self.recording is not None and site is not None:
-            observers = [self._restart(stack, trials, site), *self._cut(), stack]
+            observers = [self._restart(stack, trials, site), stack]
         batch = repeated(self.batch, len(trials))
         reads = self.task.reads.repeat(len(trials), 1)
         return self.grade(self.lens.logits_at(batch, reads, *observers))
@@ -112,31 +103,26 @@ class CleanRun:
     def _restart(self, stack: Stack, trials: Sequence[Sequence[Edit]], name: str) -> Restart:
         assert self.recording is not None
         site, z = self.anatomy[name], None
-        attended = self.recording.attention.get(name)
         streams = [e for edits in trials for e in edits if not isinstance(e, HeadEdit)]
         here = any(name in edit.sites(self.anatomy) for edit in streams)
-        if attended is not None and attended.replaceable and not here:
-            z = stack.z_at(site, attended.call)
-        return Restart(self.anatomy, self.recording, site, len(trials), z)
+        if not here and self.recording.of(name).takes_z:
+            z = stack.z_at(site, self.recording.of(name).call)
+        return Restart(self.recording, site, len(trials), z)
 
     def check(self) -> str | None:
         """Why restarted runs of this model differ from full ones; None where they agree.
 
         One run goes on from the middle with nothing changed and has to give the clean logits.
         """
-        if self.recording is None:
-            return self.problem
+        assert self.recording is not None
         site = self.anatomy.sites[len(self.anatomy.sites) // 2]
-        attended = self.recording.attention.get(site.name)
-        z = attended.call.output if attended is not None and attended.replaceable else None
         try:
-            again = self.lens.logits_at(
-                self.batch,
-                self.task.reads,
-                Restart(self.anatomy, self.recording, site, 1, z),
-                *self._cut(),
-            )
-        except (UnsupportedModelError, RuntimeError, ValueError, TypeError) as error:
+            own = self.recording.of(site.name)
+            restart = Restart(self.recording, site, 1, own.call.output if own.takes_z else None)
+            again = self.lens.logits_at(self.batch, self.task.reads, restart)
+        except UnsupportedModelError as error:
+            return str(error)
+        except (RuntimeError, ValueError, TypeError, SeamError) as error:
             return f"going on from {site.name} fails ({error})"
         apart = float((again - self.logits).abs().max())
         scale = float(self.logits.abs().max())
@@ -152,6 +138,3 @@ class CleanRun:
                 f"{self.anatomy.model} gives {float(self.values[bad[0, 0]])} for the {self.metric} "
                 f"of a prompt with nothing edited. Check its weights (lens.check()) and its dtype."
             )
-
-    def _cut(self) -> tuple[Observer, ...]:
-        return ()

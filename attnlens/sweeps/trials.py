@@ -9,8 +9,9 @@ from typing import Any
 from attnlens.errors import InputError
 from attnlens.hooks.edits import Edit
 from attnlens.hooks.edits.saved import edit_to_dict
+from attnlens.lens import Lens
 
-EditsOf = Callable[[slice], Sequence[Edit]]
+EditsOf = Callable[[Lens, slice], Sequence[Edit]]
 """The edits for some prompts of the task, for edits made of other runs of those prompts."""
 
 
@@ -41,10 +42,10 @@ class Trial:
                 f"Trial {self.name!r} makes its edits later: say what they are, about=."
             )
 
-    def of_prompts(self, prompts: slice) -> tuple[Edit, ...]:
+    def of_prompts(self, lens: Lens, prompts: slice) -> tuple[Edit, ...]:
         """The edits for some prompts of the task."""
         if callable(self.edits):
-            found = tuple(self.edits(prompts))
+            found = tuple(self.edits(lens, prompts))
         else:
             found = tuple(edit.of_prompts(prompts) for edit in self.edits)
         if any(edit.phase == "decode" for edit in found):

@@ -1,0 +1,230 @@
+"""Run many trials on a task: a clean run of some prompts at a time, and all trials on top of it.
+
+For each part of the prompts the model runs once with nothing edited. Trials that change the same
+layer first go together: the run is taken up at that layer, with as many trials side by side along
+the batch as memory is given. Each value is the metric of one prompt under one trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnlens.errors import BudgetError, InputError
+from attnlens.hooks.edits import Edit
+from attnlens.lens import Lens
+from attnlens.sweeps.clean_run import CleanRun
+from attnlens.sweeps.trials import Trial
+from attnlens.tasks import Task
+from attnlens.tasks.task import check_metric
+
+TOKENS = 1024
+"""Positions in one forward where nothing is asked: enough that products are not thin, and few
+enough that what lies between two of them stays near a cache."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, all) values."""
+
+Take = Callable[[NDArray[np.int64], int, NDArray[np.float64]], None]
+"""Takes values as they come: numbers of the prompts, number of the trial (-1 clean), values."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep runs; none of it changes a value but for rounding.
+
+    Attributes:
+        batch_size: prompts whose clean run is kept at a time.
+        tokens: positions in one forward at most, those of all trials side by side together.
+        restart: whether to go on from the first changed layer; else every run is a full one.
+
+    """
+
+    batch_size: int = 16
+    tokens: int = TOKENS
+    restart: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.tokens < 1:
+            raise InputError(
+                f"batch_size={self.batch_size} and tokens={self.tokens}: give 1 or more of both."
+            )
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a sweep found.
+
+    Attributes:
+        clean: the metric of each prompt with nothing edited.
+        values: the metric of each prompt under each trial.
+        notes: what a reader should know: whether runs were restarted, or why not.
+
+    """
+
+    clean: Float[Tensor, " prompt"]
+    values: Float[Tensor, "trial prompt"]
+    notes: tuple[str, ...]
+
+
+class Sweep:
+    """Trials on a task with one model."""
+
+    def __init__(
+        self,
+        lens: Lens,
+        task: Task,
+        trials: Sequence[Trial],
+        metric: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if lens.edited:
+            raise InputError(
+                "A sweep compares with the model as it is, and an edit is on: leave the `with "
+                "lens.edit(...)` block, or make its edits part of the trials."
+            )
+        self.lens, self.task, self.trials = lens, task, tuple(trials)
+        self.metric = check_metric(metric or task.metric)
+        self.settings = settings or Settings()
+        self.notes: list[str] = []
+        self._restart: bool | None = None if self.settings.restart else False
+
+    def run(
+        self, take: Take, done: NDArray[np.bool_] | None = None, progress: Progress | None = None
+    ) -> None:
+        """Compute every value that is not done, `[trial + 1, prompt]` with clean last.
+
+        Values are handed to `take` as soon as they are known.
+
+        Raises:
+            InputError: logits that are no numbers, in the clean run or under a trial.
+            BudgetError: one trial on one prompt does not fit in memory.
+
+        """
+        if done is None:
+            done = np.zeros((len(self.trials) + 1, len(self.task)), dtype=np.bool_)
+        left, total = int((~done).sum()), done.size
+        for prompts in self._parts():
+            missing = ~done[:, prompts]
+            if not missing.any():
+                continue
+            for trial, values in self._part(prompts, missing):
+                take(np.arange(prompts.start, prompts.stop), trial, values)
+                left -= int(missing[trial].sum())
+                if progress is not None:
+                    progress(total - left, total)
+
+    def _parts(self) -> Iterator[slice]:
+        size = self.settings.batch_size
+        for start in range(0, len(self.task), size):
+            yield slice(start, min(start + size, len(self.task)))
+
+    def _part(
+        self, prompts: slice, missing: NDArray[np.bool_]
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """Values of each missing trial on some prompts; the clean run first."""
+        clean = CleanRun.of(
+            self.lens, self.task.subset(prompts), self.metric, self._restart is not False
+        )
+        clean.check_finite()
+        clean = self._settled(clean)
+        if missing[-1].any():
+            yield -1, clean.values.numpy()
+        wanted = [i for i in range(len(self.trials)) if missing[i].any()]
+        for site, group in self._by_site(clean, prompts, wanted):
+            for number, values in self._group(clean, site, group):
+                self._check(number, values)
+                yield number, values.numpy()
+
+    def _by_site(
+        self, clean: CleanRun, prompts: slice, wanted: Sequence[int]
+    ) -> Iterator[tuple[str, list[tuple[int, tuple[Edit, ...]]]]]:
+        """Trials by the site that they change first, from below; edits are made as they are due."""
+        order = {site.name: i for i, site in enumerate(clean.anatomy.sites)}
+        sites: dict[str, list[int]] = {}
+        for number in wanted:
+            edits = self.trials[number].of_prompts(self.lens, prompts)
+            sites.setdefault(clean.first_site(edits), []).append(number)
+        for site in sorted(sites, key=order.__getitem__):
+            yield site, [(n, self.trials[n].of_prompts(self.lens, prompts)) for n in sites[site]]
+
+    def _group(
+        self, clean: CleanRun, site: str, group: Sequence[tuple[int, tuple[Edit, ...]]]
+    ) -> Iterator[tuple[int, Float[Tensor, " prompt"]]]:
+        """Values of trials of one site, as many at a time as fit."""
+        size = max(self.settings.tokens // clean.tokens, 1)
+        start = 0
+        while start < len(group):
+            taken = group[start : start + size]
+            try:
+                values = clean.run([edits for _, edits in taken], site)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if len(taken) == 1:
+                    raise BudgetError(
+                        f"Memory does not suffice for {len(clean.task)} prompts of "
+                        f"{clean.tokens // len(clean.task)} tokens under one trial. Give a smaller "
+                        f"batch_size (it is {self.settings.batch_size}); what was done is kept."
+                    ) from error
+                size = max(len(taken) // 2, 1)
+                self.settings = replace(self.settings, tokens=size * clean.tokens)
+                _give_back()
+                continue
+            yield from zip((number for number, _ in taken), values, strict=True)
+            start += len(taken)
+
+    def _settled(self, clean: CleanRun) -> CleanRun:
+        """The clean run, to be restarted only where one run showed that this model can be."""
+        if self._restart is None:
+            problem = clean.check()
+            self._restart = problem is None
+            if problem is not None:
+                self.notes.append(f"Every run is a full forward: {problem}.")
+        return clean if self._restart else replace(clean, recording=None)
+
+    def _check(self, number: int, values: Tensor) -> None:
+        if not bool(values.isfinite().all()):
+            raise InputError(
+                f"Trial {self.trials[number].name!r} makes the {self.metric} of a prompt "
+                f"{float(values[~values.isfinite()][0])}: the edited model gives no numbers. What "
+                "was done before is kept; leave this trial out, or take another mode."
+            )
+
+
+def sweep(
+    lens: Lens,
+    task: Task,
+    trials: Sequence[Trial],
+    metric: str | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Values:
+    """Grade a task under each trial, in memory; `sweeps.stored` keeps values on disk."""
+    job = Sweep(lens, task, trials, metric, settings)
+    found = torch.full((len(job.trials) + 1, len(task)), torch.nan, dtype=torch.float64)
+
+    def take(prompts: NDArray[np.int64], trial: int, values: NDArray[np.float64]) -> None:
+        found[trial, torch.from_numpy(prompts)] = torch.from_numpy(values)
+
+    job.run(take, progress=progress)
+    return Values(found[-1], found[:-1], tuple(job.notes))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def _give_back() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
