@@ -95,8 +95,8 @@ class _Graph(Observer):
         if not torch.is_grad_enabled():
             raise UnsupportedModelError(
                 f"{site.name} runs without gradients, inside reentrant checkpointing or "
-                "torch.no_grad, so that a metric's gradient cannot be read there. Turn checkpointing "
-                "off, or checkpoint with use_reentrant=False."
+                "torch.no_grad, so that a metric's gradient cannot be read there. Turn "
+                "checkpointing off, or checkpoint with use_reentrant=False."
             )
         output = call.output if call.output.requires_grad else call.output.detach().requires_grad_()
         self.calls[site.name] = replace(call, output=output)
