@@ -80,7 +80,7 @@ class Store:
 
         """
         place = Path(folder)
-        if (place / _MANIFEST).exists():
+        if _holds_sweep(place):
             raise FileError(
                 f"{place} holds a sweep already: add --resume (resume=True) to go on with it, or "
                 "choose another folder."
@@ -121,8 +121,12 @@ class Store:
 
         """
         place = Path(folder)
-        if not (place / _MANIFEST).exists():
-            return cls.create(place, manifest, seconds=seconds)
+        if not _holds_sweep(place):
+            try:
+                return cls.create(place, manifest, seconds=seconds)
+            except FileError:
+                if not _holds_sweep(place):  # else another process has just made it
+                    raise
         saved = _read_manifest(place)
         manifest.check_same(place, saved)
         return cls(place, saved, seconds)
@@ -272,6 +276,13 @@ class Store:
             raise ValueError("it is of another sweep")
         part.rows.check(self.manifest.prompts, len(self.manifest.trials))
         return part
+
+
+def _holds_sweep(folder: Path) -> bool:
+    try:
+        return (folder / _MANIFEST).exists()
+    except OSError:  # no such folder can be; to make it tells why
+        return False
 
 
 def _read_manifest(folder: Path) -> Manifest:

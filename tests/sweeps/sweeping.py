@@ -2,6 +2,7 @@
 
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ def expected() -> pd.DataFrame:
     prompts = np.tile(np.arange(PROMPTS), TRIALS + 1)
     values = np.concatenate([value(np.arange(PROMPTS), trial) for trial in range(-1, TRIALS)])
     return pd.DataFrame({"prompt": prompts, "trial": trials, "value": values})
+
+
+def begin(folder: Path, together: Barrier) -> None:
+    """Resume at the same moment as others."""
+    together.wait()
+    with Store.resume(folder, known()) as store:
+        store.append(np.arange(PROMPTS), -1, value(np.arange(PROMPTS), -1))
 
 
 def sweep(folder: Path, seconds: float, report: Connection | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from attnlens.sweeps.store import Store
-from tests.sweeps.sweeping import expected, known, sweep
+from tests.sweeps.sweeping import begin, expected, known, sweep
 
 # Processes forked from one that has imported what they need begin within milliseconds.
 FORKED = multiprocessing.get_context("forkserver")
@@ -83,3 +83,15 @@ def test_processes_that_sweep_at_once_and_are_killed_lose_no_row(tmp_path: Path)
     assert safe
     assert all(done[place] for place in safe)
     check_whole(folder, tmp_path / "unbroken")
+
+
+def test_processes_may_begin_one_sweep_at_once(tmp_path: Path) -> None:
+    for folder in (tmp_path / str(attempt) for attempt in range(5)):
+        together = FORKED.Barrier(6)
+        beginning = [FORKED.Process(target=begin, args=(folder, together)) for _ in range(6)]
+        for process in beginning:
+            process.start()
+        for process in beginning:
+            process.join()
+        assert [process.exitcode for process in beginning] == [0] * 6
+        assert Store.open(folder).done()[-1].all()

@@ -322,6 +322,15 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
             Store.open(wrong)
 
 
+def test_a_folder_that_cannot_be_is_said(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileError, match=r"cannot be made a folder for a sweep \(File name too long"
+    ):
+        Store.resume(tmp_path / ("x" * 300), manifest())
+    with pytest.raises(FileError, match=r"manifest.json cannot be read \(File name too long"):
+        Store.open(tmp_path / ("x" * 300))
+
+
 def test_parts_without_their_manifest_are_not_taken_for_new(folder: Path) -> None:
     with Store.create(folder, manifest()) as store:
         fill(store)
@@ -468,6 +477,18 @@ def test_a_damaged_part_counts_as_not_done_and_is_never_believed(
     with Store.resume(folder, manifest()) as store:
         fill(store, range(1, TRIALS))
     pd.testing.assert_frame_equal(Store.open(folder).table(), expected())
+
+
+def test_a_value_that_the_disk_changed_is_not_believed(folder: Path) -> None:
+    values = np.random.default_rng(0).normal(size=PROMPTS)
+    with Store.create(folder, manifest()) as store:
+        store.append(np.arange(PROMPTS), 0, values)
+    content = bytearray(only_part(folder).read_bytes())
+    content[content.index(values[1].tobytes()) + 3] ^= 1
+    only_part(folder).write_bytes(content)
+    read = Store.open(folder)
+    assert not read.done().any()
+    assert "left out (its check sum is wrong)" in read.notes[0]
 
 
 def test_foreign_and_unfinished_files_do_not_matter(folder: Path, tmp_path: Path) -> None:
