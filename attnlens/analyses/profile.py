@@ -23,8 +23,9 @@ from attnlens.analyses.per_head import (
     side_by_side,
     within_sequence,
 )
+from attnlens.analyses.reading import Progress, Reading, Texts, Window
 from attnlens.analyses.running import Method, RunningMean, method_note
-from attnlens.analyses.streaming import Counted, Progress, Reading, Texts, Window, fold, heads_named
+from attnlens.analyses.streaming import Counted, fold, heads_named
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.hooks.reducers import (
     Entropy,

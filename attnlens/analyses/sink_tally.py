@@ -13,8 +13,9 @@ from torch import Tensor
 
 from attnlens.analyses.commonest import Commonest
 from attnlens.analyses.per_head import heads_of, side_by_side
+from attnlens.analyses.reading import Window
 from attnlens.analyses.running import RunningMean, RunningSum
-from attnlens.analyses.streaming import Window, heads_named
+from attnlens.analyses.streaming import heads_named
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.block import Block

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.per_head import head_frame
+from attnlens.analyses.reading import Progress, Reading, Texts
 from attnlens.analyses.running import Method, method_note
 from attnlens.analyses.sink_tally import SinkSettings, SinkTally, SinkToken, keys_are_text
-from attnlens.analyses.streaming import Counted, Progress, Reading, Texts, fold
+from attnlens.analyses.streaming import Counted, fold
 from attnlens.analyses.uncertainty import Interval
 from attnlens.anatomy import Head
 from attnlens.lens import Lens
