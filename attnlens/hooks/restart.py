@@ -9,17 +9,24 @@ skipped by one rule: what was over before the site's module began.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError, UnsupportedModelError
 from attnlens.hooks.replaced import Replaced
+from attnlens.hooks.returned import (
+    first_tensor,
+    put,
+    same_numbers,
+    tensors_of,
+    widened,
+    without_graph,
+)
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer
 
@@ -63,7 +70,7 @@ class Attended:
             first = model.get_submodule(self.projection)(first)
         shape = first_tensor(self.ran.value).shape
         first = first.reshape(times * shape[0], *shape[1:])
-        return _put(self.ran.value, [first, *_widened(self.ran.value, times)[1:]])
+        return put(self.ran.value, [first, *widened(self.ran.value, times)[1:]])
 
 
 @dataclass(frozen=True)
@@ -210,17 +217,17 @@ class Record(Observer):
         returned = first_tensor(run.value)
         if site.output in self._projected:
             shape, output = self._projected.pop(site.output)
-            if _same(returned, output):
+            if same_numbers(returned, output):
                 return Attended(call, run, site.output, shape)
-        shape = tuple(returned.shape) if _same(returned, call.output) else None
+        shape = tuple(returned.shape) if same_numbers(returned, call.output) else None
         return Attended(call, run, None, shape)
 
     def _copied(self, output: Any) -> Any:
         """The value with its stream copied, since later steps may write to it, without weights."""
         first, *others = tensors_of(output)
         weights = [id(tensor) for tensor in self._weights if tensor is not None]
-        kept = [None if id(tensor) in weights else _free(tensor) for tensor in others]
-        return _put(output, [_free(first).clone(), *kept])
+        kept = [None if id(tensor) in weights else without_graph(tensor) for tensor in others]
+        return put(output, [without_graph(first).clone(), *kept])
 
     def _reason(self) -> str | None:
         """Why what comes after cannot be told from what came before."""
@@ -298,7 +305,7 @@ class Restart(Observer):
                     f"recorded batch have {wide}: restart with copies of the batch recorded."
                 )
             self._reached.add(run.name)
-            return _put(run.value, _widened(run.value, self._times, self._wide))
+            return put(run.value, widened(run.value, self._times, self._wide))
 
         return forward
 
@@ -335,68 +342,7 @@ def block_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     ]
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a return value, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for part in value.values() for tensor in tensors_of(part)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in tensors_of(part)]
-    return []
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The stream in a return value."""
-    return tensors_of(value)[0]
-
-
-def _put(value: Any, tensors: Sequence[Tensor | None]) -> Any:
-    """The return value with other tensors in the places of its own."""
-    return _filled(value, iter(tensors))
-
-
-def _filled(value: Any, tensors: Iterator[Tensor | None]) -> Any:
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, Mapping):
-        return type(value)(**{name: _filled(part, tensors) for name, part in value.items()})
-    if isinstance(value, (tuple, list)):
-        return type(value)([_filled(part, tensors) for part in value])
-    return value
-
-
-def _widened(value: Any, times: int, wide: dict[int, Tensor] | None = None) -> list[Tensor]:
-    """The tensors of a value for `times` copies; those with one row for all prompts stay.
-
-    `wide` holds what blocks pass along unchanged (a position bias), so that it is copied once.
-    """
-    first, *others = tensors_of(value)
-    wide = {} if wide is None else wide
-    for tensor in others:
-        if id(tensor) not in wide:
-            repeated = tensor.shape and tensor.shape[0] == first.shape[0] != 1 and times > 1
-            wide[id(tensor)] = _repeated(tensor, times) if repeated else tensor
-    return [_repeated(first, times), *(wide[id(tensor)] for tensor in others)]
-
-
-def _free(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; the very tensor where it has none."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _repeated(tensor: Tensor, times: int) -> Tensor:
-    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
-
-
 def _entered(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Shape of the first tensor that a module is given."""
     given = next((part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)), None)
     return None if given is None else tuple(given.shape)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order; padded rows may be NaN."""
-    if a.numel() != b.numel() or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return torch.allclose(a.flatten(), b.flatten(), rtol=0, atol=0, equal_nan=True)
