@@ -1,9 +1,10 @@
-"""Look at the residual stream block by block while the model runs; nothing of it is kept."""
+"""The residual stream, block by block, shown while the model runs to those who look or change."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,66 @@ def streams_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Stream, ...]:
     return tuple(found)
 
 
+Look = Callable[[Stream, Tensor], Tensor | None]
+"""(stream, its tensor) -> another to go on with, or None to leave it."""
+
+
+class Entering:
+    """Handle of hooks that show streams to `look` as they enter their blocks.
+
+    Calls of a block that layers share are counted anew in each forward pass of the model. Passes of
+    other threads are left alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, streams: Sequence[Stream], look: Look
+    ) -> None:
+        self._look = look
+        self._thread = threading.get_ident()
+        self._calls: Counter[str] = Counter()
+        self._handles: list[Handle] = [model.register_forward_pre_hook(self._count_anew)]
+        by_block: dict[str, dict[int, Stream]] = {}
+        for stream in streams:
+            if stream.site.block is not None and not stream.final:
+                by_block.setdefault(stream.site.block, {})[stream.site.call] = stream
+        for block, own in by_block.items():
+            calls = list(dict.fromkeys(s.call for s in anatomy.sites if s.block == block))
+            hook = self._hook(block, [own.get(call) for call in calls])
+            module = model.get_submodule(block)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _count_anew(self, *_: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._calls.clear()
+
+    def _hook(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if threading.get_ident() != self._thread:
+                return None
+            stream = streams[self._calls[block] % len(streams)]
+            self._calls[block] += 1
+            if stream is None:
+                return None
+            changed = self._look(stream, args[0] if args else kwargs["hidden_states"])
+            if changed is None:
+                return None
+            if args:
+                return (changed, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": changed}
+
+        return hook
+
+
 class Residual(Observer):
     """Observer that shows each stream to `look(stream, tensor)` as it passes, detached.
 
     What leaves a last block is shown when the model is done, since layers may share the block.
     """
-
-    sites: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -86,36 +140,19 @@ class Residual(Observer):
         self._anatomy = anatomy
         self._streams = tuple(streams)
         self._look = look
-        self._calls: Counter[str] = Counter()
         self._left: dict[str, tuple[Stream, Tensor]] = {}
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on the blocks of the streams, and on the model's end."""
-        handles = [model.register_forward_hook(self._end)]
+        handles: list[Handle] = [
+            model.register_forward_hook(self._end),
+            Entering(model, self._anatomy, self._streams, self._show),
+        ]
         for stream in self._streams:
-            name = stream.site.block
-            assert name is not None
-            block = model.get_submodule(name)
-            if stream.final:
+            if stream.final and stream.site.block is not None:
+                block = model.get_submodule(stream.site.block)
                 handles.append(block.register_forward_hook(self._leave(stream)))
-        for name in dict.fromkeys(s.site.block for s in self._streams if not s.final):
-            assert name is not None
-            enter = self._enter(name)
-            block = model.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         return handles
-
-    def _enter(self, block: str) -> Callable[..., None]:
-        calls = list(dict.fromkeys(s.call for s in self._anatomy.sites if s.block == block))
-        own = {s.site.call: s for s in self._streams if s.site.block == block and not s.final}
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            number = self._calls[block]
-            self._calls[block] += 1
-            if number < len(calls) and calls[number] in own:
-                self._show(own[calls[number]], args[0] if args else kwargs["hidden_states"])
-
-        return hook
 
     def _leave(self, stream: Stream) -> Callable[..., None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -124,7 +161,6 @@ class Residual(Observer):
         return hook
 
     def _end(self, *_: object) -> None:
-        self._calls.clear()
         while self._left:
             self._show(*self._left.popitem()[1])
 

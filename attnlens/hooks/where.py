@@ -7,8 +7,10 @@ use they go on counting, so position 12 is the same token in the prompt's own pa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,53 +40,62 @@ class Where:
     rows: Bool[Tensor, "batch row"] | None
     """Chosen rows, padding never among them."""
     keys: Bool[Tensor, "batch key"] | None
-    row_places: Int[Tensor, " row"]
-    """Place of each row in the padded input, those in the cache counted."""
-    key_places: Int[Tensor, " key"]
+    row_places: range
+    """Places of the rows in the padded input, those in the cache counted."""
+    key_places: range
     real: Bool[Tensor, "batch position"] | None
-    """Real positions of the padded text that the rows stand for."""
+    """Real positions of the padded text that the rows stand for; None where none is padded."""
 
     @property
     def counted(self) -> Int[Tensor, "#batch row"]:
         """Number of each row's token among the real tokens of its text; 0 for padding before."""
         if self.real is None:
-            return self.row_places[None]
-        return (self.real.long().cumsum(-1) - 1).clamp_min(0)[:, self.row_places]
+            return torch.tensor([self.row_places], device=self.heads.device)
+        counts = (self.real.long().cumsum(-1) - 1).clamp_min(0)
+        return counts[:, self.row_places.start : self.row_places.stop]
 
     @property
     def decoding(self) -> bool:
         """Whether rows before these are in a cache."""
-        return int(self.row_places[0]) > 0
-
-    def of_prompts(self, prompts: slice) -> Where:
-        """The same for some prompts of the batch."""
-
-        def part(mask: Tensor | None) -> Tensor | None:
-            return mask if mask is None or mask.shape[0] == 1 else mask[prompts]
-
-        return replace(self, rows=part(self.rows), keys=part(self.keys), real=part(self.real))
+        return self.row_places.start > 0
 
 
 class Running:
     """What the model is reading while a session is open: tokens, padding, phase.
 
-    It listens at the model's own inputs, so it knows them in `generate` too.
+    It listens at the model's own inputs, and at those of an encoder that `generate` runs by itself.
     """
 
     def __init__(self) -> None:
         self.cached = 0
+        self._inside = False
         self._sides = Sides(Tokens())
         self._ids: dict[str, Tensor] = {}
-        self._chosen: dict[tuple[int, str, str, int], Tensor | None] = {}
+        self._unread: set[str] = set()
+        self._chosen: dict[tuple[object, ...], tuple[Positions, Tensor | None]] = {}
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Listen at the model's inputs."""
-        names = list(inspect.signature(model.forward).parameters)
+    def attach(self, model: nn.Module) -> Sequence[Handle]:
+        """Listen at the inputs of the model, and of its encoder where it has one."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self.begin({**dict(zip(names, args, strict=False)), **kwargs})
+        def enter(inputs: Mapping[str, Any]) -> None:
+            self.begin(inputs)
+            self._inside = True
 
-        return model.register_forward_pre_hook(hook, with_kwargs=True)
+        def leave(*_: object) -> None:
+            self._inside = False
+
+        def encode(inputs: Mapping[str, Any]) -> None:
+            if not self._inside:
+                self.begin(inputs)
+
+        handles: list[Handle] = [
+            _listen(model, enter),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+        if getattr(model.config, "is_encoder_decoder", False):
+            encoder: Any = model.get_encoder()  # type: ignore[operator]
+            handles += [_listen(encoder, encode)] if encoder is not model else []
+        return handles
 
     def in_phase(self, phase: Phase) -> bool:
         """Whether the pass that is running is of this phase."""
@@ -94,26 +105,32 @@ class Running:
         self, site: Site, asked: Asked, heads: Tensor, queries: Positions, keys: Positions = None
     ) -> Where:
         """Rows and keys of one call that positions choose."""
-        rows, columns = asked.query.shape[2], asked.key.shape[2]
-        row_start = 0 if site.stack in ("vision", "audio", "enc") else self.cached
-        device = asked.query.device
-        row_places = torch.arange(row_start, row_start + rows, device=device)
-        key_places = torch.arange(columns, device=device)
-        if site.kind != "cross":
-            # A windowed cache holds the last keys only.
-            key_places = key_places + max(row_start + rows - columns, 0)
-        chosen_rows = self._choose(site, "query", queries, row_places)
-        chosen_keys = self._choose(site, "key", keys, key_places)
-        real = self._sides.queries(site).real
-        return Where(heads, chosen_rows, chosen_keys, row_places, key_places, real)
+        batch, _, rows, _ = asked.query.shape
+        columns, device = asked.key.shape[2], asked.query.device
+        start = self._start(site)
+        end = start + rows
+        # A windowed cache holds the last keys only, a static one has room for more.
+        first = 0 if site.kind == "cross" else max(end - columns, 0)
+        row_places, key_places = range(start, end), range(first, first + columns)
+        key_end = columns if site.kind == "cross" else end
+        real = self._real(self._name(site, "query"), end)
+        return Where(
+            heads,
+            self._choose(site, "query", queries, row_places, end, batch, device),
+            self._choose(site, "key", keys, key_places, key_end, batch, device),
+            row_places,
+            key_places,
+            None if real is None else real.to(device),
+        )
 
     def rows_of_stream(
         self, site: Site, stream: Tensor, queries: Positions
     ) -> tuple[Bool[Tensor, "batch row"] | None, int]:
         """Chosen rows of the stream at a site's block, and the place of its first row."""
-        start = 0 if site.stack in ("vision", "audio", "enc") else self.cached
-        places = torch.arange(start, start + stream.shape[1], device=stream.device)
-        return self._choose(site, "query", queries, places), start
+        start = self._start(site)
+        end = start + stream.shape[1]
+        places, batch = range(start, end), stream.shape[0]
+        return self._choose(site, "query", queries, places, end, batch, stream.device), start
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Take note of what the model is given for the pass that begins."""
@@ -121,42 +138,99 @@ class Running:
         self.cached = int(cache.get_seq_length()) if cache is not None else 0
         self._sides = Sides.of(inputs)
         self._chosen.clear()
-        for name in ("input_ids", "decoder_input_ids"):
-            now, before = inputs.get(name), self._ids.pop(name, None)
-            if isinstance(now, Tensor):
-                known = before is not None and before.shape == (now.shape[0], self.cached)
-                if self.cached and known and before is not None:
-                    now = torch.cat([before, now], dim=1)
-                self._ids[name] = now
+        self._unread = {ids for ids, mask in _MASK_OF.items() if not _is_flat(inputs.get(mask))}
+        encoded = inputs.get("encoder_outputs") is not None
+        for name in _MASK_OF:
+            now, before = inputs.get(name), self._ids.get(name)
+            if not isinstance(now, Tensor):
+                if not (encoded and name == "input_ids"):
+                    self._ids.pop(name, None)
+                continue
+            if self.cached and before is not None:
+                known = before.shape == (now.shape[0], self.cached)
+                now = torch.cat([before, now], dim=1) if known else now
+            self._ids[name] = now
+
+    def _start(self, site: Site) -> int:
+        """Place of the first row of this pass: the length of the cache where the stack has one."""
+        alone = site.stack == "enc" or site.stack.startswith(("vision", "audio"))
+        return 0 if alone else self.cached
+
+    def _name(self, site: Site, side: str) -> str | None:
+        """Name of the input that rows or keys stand for; None where they are no tokens."""
+        if site.stack.startswith(("vision", "audio")):
+            return None
+        two = self._sides.decoder is not None
+        if site.kind == "cross":
+            if side == "key":
+                return "input_ids" if two else None
+            return "decoder_input_ids" if two else "input_ids"
+        return "decoder_input_ids" if site.stack == "dec" else "input_ids"
+
+    def _real(self, name: str | None, end: int) -> Bool[Tensor, "batch position"] | None:
+        """Which of the first `end` positions of an input are real; None where all are."""
+        if name is None:
+            return None
+        tokens = self._sides.text if name == "input_ids" else self._sides.decoder or Tokens()
+        return tokens.cut(end).real
 
     def _choose(
-        self, site: Site, side: str, positions: Positions, places: Int[Tensor, " place"]
+        self,
+        site: Site,
+        side: str,
+        positions: Positions,
+        places: range,
+        end: int,
+        batch: int,
+        device: torch.device,
     ) -> Bool[Tensor, "batch place"] | None:
-        key = id(positions), site.name, side, len(places)
+        """The mask over `places` that positions of a text of `end` positions stand for."""
+        name = self._name(site, side)
+        key = id(positions), name, side, places, end, batch, device
         if key not in self._chosen:
-            found = self._chosen_at(site, side, positions, places)
-            self._chosen[key] = None if found is None else found.to(places.device)
-        return self._chosen[key]
+            mask = self._mask(name, positions, end, batch, self._start(site) > 0)
+            if mask is not None:
+                missing = max(places.stop - end, 0)
+                mask = torch.nn.functional.pad(mask, (0, missing))[:, places.start : places.stop]
+                mask = mask.to(device)
+            # Holding the positions keeps their id from being given to others.
+            self._chosen[key] = positions, mask
+        return self._chosen[key][1]
 
-    def _chosen_at(
-        self, site: Site, side: str, positions: Positions, places: Tensor
-    ) -> Tensor | None:
-        of_rows = side == "query"
-        tokens = self._sides.queries(site) if of_rows else self._sides.keys(site)
-        total = int(places[-1]) + 1
-        cached = self.cached if of_rows or site.kind != "cross" else 0
-        real = tokens.real if tokens.real is not None and tokens.real.shape[1] >= total else None
+    def _mask(
+        self, name: str | None, positions: Positions, end: int, batch: int, growing: bool
+    ) -> Bool[Tensor, "batch position"] | None:
+        real = self._real(name, end)
         if positions is None:
-            return None if real is None else real[:, places]
-        ids = self._ids.get("decoder_input_ids" if self._reads_decoder(site, side) else "input_ids")
+            return real
+        if name in self._unread:
+            raise InputError(
+                "Positions count real tokens, and the padding of this pass is not known: its "
+                "attention mask is not [batch, position] (generate makes another for a static "
+                "cache). Give such a mask and a dynamic cache, or edit all positions."
+            )
         if real is None:
-            batch = 1 if ids is None else ids.shape[0]
-            real = torch.ones(batch, total, dtype=torch.bool, device=places.device)
-        mask = resolve(positions, real[:, :total], ids, growing=cached > 0)
-        return (mask.to(real.device) & real[:, :total])[:, places]
+            real = torch.ones(batch, end, dtype=torch.bool)
+        return resolve(positions, real, self._ids.get(name or ""), growing)
 
-    def _reads_decoder(self, site: Site, side: str) -> bool:
-        return site.stack == "dec" or (site.kind == "cross" and side == "query")
+
+_MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+
+
+def _is_flat(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+
+
+def _listen(module: nn.Module, told: Callable[[Mapping[str, Any]], None]) -> Handle:
+    """Tell a module's inputs by their names, before each of its passes in this thread."""
+    names = list(inspect.signature(module.forward).parameters)
+    thread = threading.get_ident()
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            told({**dict(zip(names, args, strict=False)), **kwargs})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def check_phase(phase: str) -> None:
@@ -175,9 +249,9 @@ def resolve(
     if positions is None:
         return real
     if callable(positions) and not isinstance(positions, Tensor):
-        return _asked_of_ids(positions, real, ids)
+        return _asked_of_ids(positions, real, ids).to(real.device) & real
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        return _widened(positions, real, growing)
+        return _widened(positions, real, growing) & real
     counts: list[int] = real.sum(-1).tolist()
     mask = torch.zeros_like(real)
     for prompt, count in enumerate(counts):
@@ -191,7 +265,14 @@ def _numbers(positions: Any, count: int, prompt: int, growing: bool) -> list[int
     """Positions of one prompt of `count` real tokens, from 0."""
     if isinstance(positions, slice):
         return list(range(count))[positions]
-    asked = [positions] if isinstance(positions, int) else [int(p) for p in positions]
+    try:
+        several = positions.tolist() if isinstance(positions, Tensor) else positions
+        asked = [index(p) for p in (several if isinstance(several, Iterable) else [several])]
+    except TypeError as error:
+        raise InputError(
+            f"{positions!r} names no positions: give a number, a slice, numbers, a boolean mask, "
+            "or a function of the token ids."
+        ) from error
     outside = [p for p in asked if not -count <= p < count]
     if outside and not growing:
         raise InputError(
@@ -206,10 +287,11 @@ def _widened(mask: Tensor, real: Tensor, growing: bool) -> Tensor:
     wide = mask.to(real.device)
     wide = wide if wide.ndim == 2 else wide[None]
     fits = wide.shape[1] == real.shape[1] or growing
-    if not fits or wide.shape[0] not in (1, real.shape[0]):
+    if wide.ndim != 2 or not fits or wide.shape[0] not in (1, real.shape[0]):
         raise InputError(
             f"A mask of positions has shape {list(mask.shape)}, and the input is "
-            f"{list(real.shape)}: give [position] or [batch, position] of the padded input."
+            f"{list(real.shape)}: give [position] or [batch, position] of the padded input (beams "
+            "and several answers a prompt multiply its batch)."
         )
     missing = max(real.shape[1] - wide.shape[1], 0)
     wide = torch.nn.functional.pad(wide, (0, missing))[:, : real.shape[1]]
@@ -220,7 +302,8 @@ def _asked_of_ids(function: PositionsOf, real: Tensor, ids: Tensor | None) -> Te
     if ids is None or ids.shape[1] != real.shape[1]:
         raise InputError(
             "Positions are given by a function of the token ids, and the ids of this pass are not "
-            "known (embeddings instead of ids, or a cache that was filled before the edit began)."
+            "known (embeddings or images instead of ids, or a cache that was filled before the "
+            "edit began)."
         )
     mask = function(ids)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:

@@ -3,6 +3,10 @@
 An edit of heads may change what the kernel gets (`enter`), or scores, weights and z after the
 kernel has run (`see`). Helpers here write the results back to the chosen heads and rows alone; the
 tensors of the model are never written to.
+
+Edits act on a head's tensors in the order in which attention makes them: q, k and v, then scores,
+then weights, then z; on one tensor, in the order given. So an edit of weights never undoes one of z
+that was given before it.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.anatomy import Anatomy, Head, HeadSpec, Site
 from attnlens.errors import InputError
+from attnlens.hooks.edits.text import describe, layers_text, spec_text, where_text
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Asked, Call, View
 from attnlens.hooks.where import Phase, Positions, Where, check_phase
@@ -60,6 +65,10 @@ class HeadEdit(Edit):
 
     heads: HeadSpec
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "heads", _held(self.heads))
+
     def sites(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Sites of the heads."""
         return tuple(dict.fromkeys(head.site for head in anatomy.find(self.heads)))
@@ -82,14 +91,14 @@ class HeadEdit(Edit):
         return call
 
     def __str__(self) -> str:
-        return f"{describe(self)} of {spec_text(self.heads)}{_where_text(self)}"
+        return f"{describe(self)} of {spec_text(self.heads)}{where_text(self)}"
 
 
 @dataclass(frozen=True)
 class StreamEdit(Edit):
     """A change to the residual stream or to what an MLP writes, at some layers.
 
-    The stream is the one that enters the block of a layer; it is named by the block's first site.
+    A block has one stream that enters it and one MLP; they are named by the block's first site.
     """
 
     layers: HeadSpec | int
@@ -98,12 +107,17 @@ class StreamEdit(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "layers", _held(self.layers))
         if self.stream not in ("residual", "mlp"):
             raise InputError(f"There is no stream {self.stream!r}; choose residual or mlp.")
 
     def sites(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Sites of the layers."""
-        return tuple(site.name for site in anatomy.layers(self.layers))
+        """The first site of each block of the layers."""
+        first: dict[tuple[str, int], str] = {}
+        for site in anatomy.sites:
+            first.setdefault((site.block or site.name, site.call), site.name)
+        layers = anatomy.layers(self.layers)
+        return tuple(dict.fromkeys(first[site.block or site.name, site.call] for site in layers))
 
     def change(
         self,
@@ -116,8 +130,8 @@ class StreamEdit(Edit):
         raise NotImplementedError
 
     def __str__(self) -> str:
-        text = f"{describe(self)} of {self.stream} {spec_text(self.layers)}"
-        return text + _where_text(self)
+        text = f"{describe(self)} of {self.stream} {layers_text(self.layers)}"
+        return text + where_text(self)
 
 
 def at_site(
@@ -127,8 +141,9 @@ def at_site(
     if site.name not in tensors:
         ways = {"mean z": "lens.mean_z(reference)", "vector": "a vector a head"}
         way = ways.get(what, f"lens.run(prompts, keep={what!r})")
+        covered = ", ".join(tensors) or "nothing"
         raise InputError(
-            f"There is no {what} for {site.name}; the edit covers {', '.join(tensors)}. "
+            f"There is no {what} for {site.name}; the edit covers {covered}. "
             f"Make it with {way} for all sites that are edited."
         )
     tensor = tensors[site.name]
@@ -141,32 +156,43 @@ def at_site(
     return tensor
 
 
-def with_z(call: Call, where: Where, z: Float[Tensor, "#batch #query chosen d_v"]) -> Call:
-    """The call with z of the chosen heads and rows replaced."""
-    output = call.output.clone()
-    z = z.to(output.dtype)
-    if where.rows is not None:
-        z = torch.where(where.rows[:, :, None, None], z, output[:, :, where.heads])
-    output[:, :, where.heads] = z
-    return replace(call, output=output)
-
-
+ZRule = Callable[[Float[Tensor, "batch query chosen d_v"]], Tensor]
+"""z of the chosen heads -> z as edited."""
 PatternRule = Callable[[Tensor, Tensor | None, View], Tensor]
 
 
+@dataclass(frozen=True)
+class Edited(Call):
+    """A call whose z was edited: z as the weights made it, and what was done to it since."""
+
+    made: Float[Tensor, "batch query head d_v"] = field(kw_only=True)
+    z_edits: tuple[Callable[[Tensor], Tensor], ...] = field(kw_only=True)
+
+
+def with_z(call: Call, where: Where, rule: ZRule) -> Call:
+    """The call with z of the chosen heads and rows changed."""
+
+    def edit(output: Tensor) -> Tensor:
+        return _put(output, where, rule(output[:, :, where.heads]))
+
+    made, earlier = (call.made, call.z_edits) if isinstance(call, Edited) else (call.output, ())
+    own = {part.name: getattr(call, part.name) for part in fields(Call)}
+    own["output"] = edit(call.output)
+    return Edited(**own, made=made, z_edits=(*earlier, edit))
+
+
 def with_pattern(
-    site: Site, call: Call, where: Where, rule: PatternRule, z: Tensor | None = None
+    site: Site, call: Call, where: Where, rule: PatternRule, z: ZRule | None = None
 ) -> Call:
     """The call with weights of the chosen heads and rows changed, and z as the weights make it.
 
-    `z` spares computing rows where a method knows it by a shorter way.
+    `z` spares computing rows where a method knows it by a shorter way from z before.
     """
 
     def edit(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
         return torch.where(chosen_cells(where, view), rule(pattern, seen, view), pattern)
 
-    changed = replace(call, pattern_edits=(*call.pattern_edits, edit))
-    return with_z(changed, where, z_of_rows(site, changed, where) if z is None else z)
+    return _made_anew(site, replace(call, pattern_edits=(*call.pattern_edits, edit)), where, z)
 
 
 def with_scores(
@@ -177,8 +203,29 @@ def with_scores(
     def edit(scores: Tensor, view: View) -> Tensor:
         return torch.where(chosen_cells(where, view), rule(scores, view), scores)
 
-    changed = replace(call, score_edits=(*call.score_edits, edit))
-    return with_z(changed, where, z_of_rows(site, changed, where))
+    return _made_anew(site, replace(call, score_edits=(*call.score_edits, edit)), where)
+
+
+def _made_anew(site: Site, call: Call, where: Where, z: ZRule | None = None) -> Call:
+    """The call with z of the chosen heads and rows made anew, and edits of z done again."""
+    before = call.made if isinstance(call, Edited) else call.output
+    own = z_of_rows(site, call, where) if z is None else z(before[:, :, where.heads])
+    output = made = _put(before, where, own)
+    if not isinstance(call, Edited):
+        return replace(call, output=made)
+    for edit in call.z_edits:
+        output = edit(output)
+    return replace(call, output=output, made=made)
+
+
+def _put(output: Tensor, where: Where, z: Tensor) -> Float[Tensor, "batch query head d_v"]:
+    """z of all heads with that of the chosen heads and rows replaced."""
+    z = z.to(output.dtype)
+    if where.rows is not None:
+        z = torch.where(where.rows[:, :, None, None], z, output[:, :, where.heads])
+    changed = output.clone()
+    changed[:, :, where.heads] = z
+    return changed
 
 
 def chosen_cells(where: Where, view: View) -> Bool[Tensor, "#batch head #row 1"]:
@@ -230,65 +277,39 @@ def _runs(rows: Bool[Tensor, "batch row"] | None, length: int) -> list[slice | i
 
 
 def taken_at(
-    values: Tensor, axis: int, places: Int[Tensor, " place"], decoding: bool, site: Site, what: str
+    values: Tensor, axis: int, places: range, end: int, site: Site, what: str
 ) -> tuple[Tensor, Bool[Tensor, " place"] | None]:
     """Kept values at the places of rows or keys, and which places they cover (None for all).
 
-    Tokens that a text got after the values were kept are not covered; a prompt of another length
-    is refused.
+    A text of `end` positions so far may have grown since its values were kept, and may yet grow to
+    be as long as they are: its further tokens are not covered.
+
+    Raises:
+        InputError: the values are of a text of another length, and this one does not grow.
+
     """
-    size, last = values.shape[axis], int(places[-1])
-    if last >= size and not decoding:
+    size = values.shape[axis]
+    grows = site.kind == "self"
+    if size != end and not (grows and (size > end or places.start > 0)):
         raise InputError(
-            f"The {what} for {site.name} covers {size} positions and the input has {last + 1}: "
-            "the two prompts must have one length."
+            f"The {what} for {site.name} covers {size} positions and the input has {end}: the two "
+            "prompts must have one length."
         )
-    found = values.index_select(axis, places.clamp(max=size - 1).to(values.device))
-    return found, places < size if last >= size else None
+    chosen = torch.arange(places.start, places.stop, device=values.device)
+    taken = values.index_select(axis, chosen.clamp(max=size - 1))
+    return taken, chosen < size if places.stop > size else None
 
 
-def describe(edit: Edit) -> str:
-    """The edit's name with its numbers: `Scale 0.5`."""
-    numbers = [
-        f"{value:g}"
-        for part in fields(edit)
-        if isinstance(value := getattr(edit, part.name), float)
-    ]
-    kind = getattr(edit, "kind", None)
-    return " ".join([type(edit).__name__, *([kind] if kind else []), *numbers])
+def check_prompts(values: Tensor, batch: int, site: Site, what: str) -> None:
+    """Raise InputError for values of another number of prompts than the input's."""
+    if values.shape[0] not in (1, batch):
+        raise InputError(
+            f"The {what} for {site.name} is of {values.shape[0]} prompts and the input has "
+            f"{batch}: keep them of as many, or of one for all (beams and several answers a prompt "
+            "multiply the input's batch)."
+        )
 
 
-def spec_text(spec: HeadSpec | int) -> str:
-    """A specification as its text: `L3H5,L4H0`."""
-    if isinstance(spec, str):
-        return spec
-    if isinstance(spec, int):
-        return f"L{spec}"
-    if isinstance(spec, Head):
-        return str(spec)
-    parts = list(spec)
-    if len(parts) == 2 and all(isinstance(part, int) for part in parts):
-        return f"L{parts[0]}H{parts[1]}"
-    return ",".join(spec_text(part) for part in parts)
-
-
-def _where_text(edit: Edit) -> str:
-    text = ""
-    for name in ("queries", "keys"):
-        positions = getattr(edit, name, None)
-        if positions is not None:
-            text += f" at {name} {positions_text(positions)}"
-    return text if edit.phase == "all" else f"{text} in {edit.phase}"
-
-
-def positions_text(positions: Positions) -> str:
-    """Positions as people write them."""
-    if isinstance(positions, slice):
-        parts = [positions.start, positions.stop, positions.step]
-        shown = ["" if part is None else str(part) for part in parts]
-        return ":".join(shown if positions.step is not None else shown[:2])
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        return f"of a mask {list(positions.shape)}"
-    if callable(positions) and not isinstance(positions, Tensor):
-        return f"of {getattr(positions, '__name__', 'a function')}"
-    return str(positions.tolist() if isinstance(positions, Tensor) else positions)
+def _held(spec: HeadSpec | int) -> HeadSpec | int:
+    """A specification that can be read more than once."""
+    return spec if isinstance(spec, str | Head | int | tuple) else tuple(spec)

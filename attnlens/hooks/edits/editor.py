@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, Head, Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.edits.base import Edit, HeadEdit, StreamEdit
+from attnlens.hooks.residual import Entering, Stream
 from attnlens.hooks.seam import Asked, Call
 from attnlens.hooks.session import Handle, Observer
 from attnlens.hooks.where import Running, Where
@@ -25,8 +27,8 @@ ChangeStream = Callable[[str, Site, Tensor], Tensor]
 class Editor(Observer):
     """Observer that applies edits at their sites.
 
-    Changes of q, k and v act before attention is computed, all others after it; either in the order
-    in which the edits were given.
+    Changes of q, k and v act before attention is computed, all others after it. Like a session, it
+    leaves passes of other threads alone.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Editor(Observer):
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Listen at the model's inputs; hook the blocks and MLPs whose stream is edited."""
         hooks = [self.hook_stream(model, *at, self.change_stream) for at in self.stream_places]
-        return [self.running.attach(model), *hooks]
+        return [*self.running.attach(model), *hooks]
 
     @property
     def stream_places(self) -> tuple[tuple[str, str], ...]:
@@ -87,21 +89,25 @@ class Editor(Observer):
                     self._numbers[key] = torch.tensor(heads[site.name], device=asked.query.device)
                 numbers = self._numbers[key].to(asked.query.device)
                 where = self.running.at(site, asked, numbers, edit.queries, edit.key_positions)
-                if where.rows is None or edit.key_positions is not None or bool(where.rows.any()):
+                if where.rows is None or bool(where.rows.any()):
                     found.append((edit, where))
         return found
 
     def hook_stream(self, model: nn.Module, stream: str, name: str, change: ChangeStream) -> Handle:
-        """Put `change` to a stream at the block of a site."""
+        """Put `change` to a stream at the block of a site, in passes of this thread."""
         site = self._anatomy[name]
-        if site.block is None or (site.call and stream == "residual"):
+        if site.block is None:
             raise UnsupportedModelError(
-                f"{self._anatomy.model} has no block of its own around {site.name}, so its "
-                f"{stream} cannot be edited there."
+                f"{self._anatomy.model} has no block around {name}, so its {stream} cannot be "
+                "edited there."
             )
         if stream == "residual":
-            block = model.get_submodule(site.block)
-            return block.register_forward_pre_hook(_entering(change, site), with_kwargs=True)
+            return Entering(
+                model,
+                self._anatomy,
+                [Stream(site)],
+                lambda stream, tensor: change("residual", stream.site, tensor),
+            )
         mlps = self._find_mlps() if self._find_mlps is not None else {}
         if site.block not in mlps:
             raise UnsupportedModelError(
@@ -111,18 +117,12 @@ class Editor(Observer):
         return model.get_submodule(mlps[site.block]).register_forward_hook(_leaving(change, site))
 
 
-def _entering(change: ChangeStream, site: Site) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change("residual", site, args[0]), *args[1:]), kwargs
-        changed = change("residual", site, kwargs["hidden_states"])
-        return args, kwargs | {"hidden_states": changed}
-
-    return hook
-
-
 def _leaving(change: ChangeStream, site: Site) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
         if isinstance(output, Tensor):
             return change("mlp", site, output)
         return (change("mlp", site, output[0]), *output[1:])

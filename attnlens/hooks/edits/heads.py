@@ -23,7 +23,7 @@ class Zero(HeadEdit):
 
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Zero z of the heads."""
-        return with_z(call, where, call.output.new_zeros(1, 1, 1, 1))
+        return with_z(call, where, torch.zeros_like)
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Scale(HeadEdit):
 
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Scale z of the heads."""
-        return with_z(call, where, call.output[:, :, where.heads] * self.factor)
+        return with_z(call, where, lambda z: z * self.factor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mean(HeadEdit):
     """z = its mean over a reference set: the heads write what they write on average.
 
@@ -51,14 +51,17 @@ class Mean(HeadEdit):
         """Put the mean in the place of z."""
         means = at_site(self.means, site, "mean z", site.heads).to(call.output)
         if means.ndim == 2:
-            return with_z(call, where, means[where.heads][None, None])
-        last = int(where.counted.max())
+            return with_z(call, where, means[where.heads].expand_as)
+        counted = where.counted
+        if where.rows is not None:
+            counted = counted.masked_fill(~where.rows, 0)
+        last = int(counted.max())
         if last >= means.shape[0]:
             raise InputError(
-                f"The means for {site.name} cover {means.shape[0]} positions and the input has "
-                f"{last + 1}. Make them from prompts as long, or without by_position."
+                f"The means for {site.name} cover {means.shape[0]} positions and the edit reaches "
+                f"position {last}. Make them from prompts as long, or without by_position."
             )
-        return with_z(call, where, means[where.counted][:, :, where.heads])
+        return with_z(call, where, means[:, where.heads][counted].expand_as)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Uniform(HeadEdit):
             visible = torch.ones_like(pattern[:, :1]) if seen is None else seen.to(pattern.dtype)
             return visible / visible.sum(-1, keepdim=True).clamp_min(1)
 
-        return with_pattern(site, call, where, even, mean_of_visible(site, call, where.heads))
+        z = mean_of_visible(site, call, where.heads)
+        return with_pattern(site, call, where, even, lambda _: z)
 
 
 @dataclass(frozen=True)
@@ -100,19 +104,19 @@ class Identity(HeadEdit):
                 f"{site.name} is cross-attention: its rows and keys are different texts, so there "
                 "is no identity. Choose uniform or zero there."
             )
-        own = where.row_places - where.key_places[0]
-        if int(own.min()) < 0 or int(own.max()) >= call.key.shape[2]:
+        rows, first = call.query.shape[2], where.row_places.start - where.key_places.start
+        if first < 0 or first + rows > call.key.shape[2]:
             raise InputError(f"The keys of {site.name} do not hold the rows' own tokens.")
 
         def mixed(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
-            eye = torch.zeros_like(pattern[0, 0])
-            columns = own[view.rows] - view.keys.start
-            eye[torch.arange(len(columns), device=eye.device), columns] = 1
-            return torch.lerp(pattern, eye.expand_as(pattern), self.share)
+            t = torch.arange(view.rows.start, view.rows.stop, device=pattern.device) + first
+            s = torch.arange(view.keys.start, view.keys.stop, device=pattern.device)
+            own = (t[:, None] == s).to(pattern.dtype)
+            return torch.lerp(pattern, own.expand_as(pattern), self.share)
 
-        values = call.value[:, where.heads // (site.heads // site.groups)][:, :, own]
-        z = torch.lerp(call.output[:, :, where.heads], values.transpose(1, 2), self.share)
-        return with_pattern(site, call, where, mixed, z)
+        groups = where.heads // (site.heads // site.groups)
+        values = call.value[:, groups, first : first + rows].transpose(1, 2)
+        return with_pattern(site, call, where, mixed, lambda z: torch.lerp(z, values, self.share))
 
 
 def mean_of_visible(

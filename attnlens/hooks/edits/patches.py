@@ -16,10 +16,13 @@ from attnlens.hooks.edits.base import (
     HeadEdit,
     StreamEdit,
     at_site,
+    check_prompts,
+    chosen_keys,
     taken_at,
     with_pattern,
     with_z,
 )
+from attnlens.hooks.edits.text import spec_text
 from attnlens.hooks.seam import Asked, Call, View
 from attnlens.hooks.where import Positions, Where
 
@@ -39,6 +42,10 @@ class _OfKind(HeadEdit):
         super().__post_init__()
         if self.kind not in get_args(Kind):
             raise InputError(f"There is no {self.kind!r}; choose {', '.join(get_args(Kind))}.")
+        unfit = {"q": "keys", "z": "keys", "k": "queries", "v": "queries"}.get(self.kind, "")
+        if getattr(self, unfit, None) is not None:
+            fit = {"keys": "queries", "queries": "keys"}[unfit]
+            raise InputError(f"{self.kind} has no {unfit}: choose its positions as {fit}=...")
 
     def moved(self, anatomy: Anatomy) -> tuple[Head, ...]:
         """The heads named, and for k and v those that share them."""
@@ -53,8 +60,15 @@ class _OfKind(HeadEdit):
             found |= dict.fromkeys(site.head(n) for n in range(first, first + size))
         return tuple(found)
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.kind in ("k", "v"):
+            named = spec_text(self.heads)
+            text = text.replace(f" of {named}", f" of {named} and all heads that share it", 1)
+        return text
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Patch(_OfKind):
     """q, k, v, z or pattern = what was kept of another run: activation patching.
 
@@ -73,38 +87,41 @@ class Patch(_OfKind):
         """Replace q, k or v."""
         if self.kind not in ("q", "k", "v"):
             return asked
-        return _change_input(site, asked, where, self.kind, self._taken(site, where))
+        kept, covered = self._taken(site, where, asked.query.shape[0])
+        return _change_input(site, asked, where, self.kind, lambda own: kept.to(own), covered)
 
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Replace z, or the weights and with them z."""
         if self.kind == "z":
-            z, covered = self._taken(site, where)(call.output.transpose(1, 2))
-            return with_z(call, _only(where, covered), z[:, where.heads].transpose(1, 2))
+            kept, covered = self._taken(site, where, call.query.shape[0])
+            z = kept[:, where.heads.to(kept.device)].transpose(1, 2).to(call.output)
+            return with_z(call, _only(where, covered), z.expand_as)
         if self.kind == "pattern":
             return self._with_pattern(site, call, where)
         return call
 
     def _with_pattern(self, site: Site, call: Call, where: Where) -> Call:
-        kept = at_site(self.values, site, "pattern", site.heads)
-        rows, covered = taken_at(kept, 2, where.row_places, where.decoding, site, "pattern")
-        weights, _ = taken_at(rows, 3, where.key_places, where.decoding, site, "pattern")
+        rows, covered = self._taken(site, where, call.query.shape[0])
+        weights, _ = taken_at(rows, 3, where.key_places, _keys_end(site, where), site, "pattern")
         weights = weights.to(call.output)
 
         def patched(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
             own = weights if weights.shape[0] == 1 else weights[view.prompts]
-            return own[:, view.heads, view.rows, view.keys].expand_as(pattern)
+            own, keys = own[:, view.heads, view.rows, view.keys], chosen_keys(where, view)
+            return own.expand_as(pattern) if keys is None else torch.where(keys, own, pattern)
 
         return with_pattern(site, call, _only(where, covered), patched)
 
-    def _taken(self, site: Site, where: Where) -> Change:
+    def _taken(self, site: Site, where: Where, batch: int) -> tuple[Tensor, Tensor | None]:
         of_keys = self.kind in ("k", "v")
         kept = at_site(self.values, site, self.kind, site.groups if of_keys else site.heads)
+        check_prompts(kept, batch, site, self.kind)
         places = where.key_places if of_keys else where.row_places
-        taken, covered = taken_at(kept, 2, places, where.decoding, site, self.kind)
-        return lambda own: (taken.to(own), covered)
+        end = _keys_end(site, where) if of_keys else where.row_places.stop
+        return taken_at(kept, 2, places, end, site, self.kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steer(_OfKind):
     """q, k, v or z + factor * vector: one direction a head, at the chosen rows or keys.
 
@@ -125,22 +142,22 @@ class Steer(_OfKind):
         """Add to q, k or v."""
         if self.kind == "z":
             return asked
-        return _change_input(site, asked, where, self.kind, self._moved_by(site))
+        step = self._step(site)
+        return _change_input(site, asked, where, self.kind, lambda own: own + step.to(own)[:, None])
 
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Add to z."""
         if self.kind != "z":
             return call
-        z, _ = self._moved_by(site)(call.output.transpose(1, 2))
-        return with_z(call, where, z[:, where.heads].transpose(1, 2))
+        step = self._step(site).to(call.output)[where.heads]
+        return with_z(call, where, lambda z: z + step)
 
-    def _moved_by(self, site: Site) -> Change:
+    def _step(self, site: Site) -> Float[Tensor, "heads last"]:
         heads = site.groups if self.kind in ("k", "v") else site.heads
-        vectors = at_site(self.vectors, site, "vector", heads)
-        return lambda own: (own + self.factor * vectors.to(own)[:, None], None)
+        return self.factor * at_site(self.vectors, site, "vector", heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PatchStream(StreamEdit):
     """Residual stream or MLP output = what was kept of another run.
 
@@ -155,15 +172,15 @@ class PatchStream(StreamEdit):
     def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
         """Put the kept stream in the place of the model's."""
         kept = at_site(self.values, site, self.stream)
-        places = torch.arange(start, start + stream.shape[1], device=stream.device)
-        taken, covered = taken_at(kept, 1, places, start > 0, site, self.stream)
-        if covered is not None:
-            rows = covered[None] if rows is None else rows & covered
+        check_prompts(kept, stream.shape[0], site, self.stream)
+        places = range(start, start + stream.shape[1])
+        taken, covered = taken_at(kept, 1, places, places.stop, site, self.stream)
+        rows = _both(rows, covered, stream.device)
         taken = taken.to(stream).expand_as(stream)
         return taken if rows is None else torch.where(rows[..., None], taken, stream)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteerStream(StreamEdit):
     """Residual stream or MLP output + factor * vector, `d_model` a site name."""
 
@@ -176,19 +193,22 @@ class SteerStream(StreamEdit):
         return moved if rows is None else torch.where(rows[..., None], moved, stream)
 
 
-# own tensor `batch heads position d` -> (another, which positions it covers)
-Change = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-
-
-def _change_input(site: Site, asked: Asked, where: Where, kind: Kind, change: Change) -> Asked:
+def _change_input(
+    site: Site,
+    asked: Asked,
+    where: Where,
+    kind: Kind,
+    change: Callable[[Tensor], Tensor],
+    covered: Tensor | None = None,
+) -> Asked:
     """The call with q, k or v of the chosen heads and positions changed."""
     name = {"q": "query", "k": "key", "v": "value"}[kind]
     own: Tensor = getattr(asked, name)
-    changed, covered = change(own)
+    changed = change(own)
     positions, heads = where.rows, where.heads
     if kind != "q":
         positions, heads = where.keys, torch.unique(heads // (site.heads // site.groups))
-    positions = _both(positions, covered)
+    positions = _both(positions, covered, own.device)
     if positions is not None:
         changed = torch.where(positions[:, None, :, None], changed, own)
     result = own.clone()
@@ -196,13 +216,21 @@ def _change_input(site: Site, asked: Asked, where: Where, kind: Kind, change: Ch
     return replace(asked, **{name: result})
 
 
+def _keys_end(site: Site, where: Where) -> int:
+    """Number of positions of the text that the keys stand for, so far."""
+    return where.key_places.stop if site.kind == "cross" else where.row_places.stop
+
+
 def _only(where: Where, covered: Bool[Tensor, " row"] | None) -> Where:
-    return replace(where, rows=_both(where.rows, covered))
+    return replace(where, rows=_both(where.rows, covered, where.heads.device))
 
 
 def _both(
-    chosen: Bool[Tensor, "batch place"] | None, covered: Bool[Tensor, " place"] | None
+    chosen: Bool[Tensor, "batch place"] | None,
+    covered: Bool[Tensor, " place"] | None,
+    device: torch.device,
 ) -> Bool[Tensor, "#batch place"] | None:
     if covered is None:
         return chosen
-    return covered[None] if chosen is None else chosen & covered
+    covered = covered.to(device)[None]
+    return covered if chosen is None else chosen & covered
