@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
-    from attnlens.analyses.ablation import ablate, ablate_together
+    from attnlens.analyses.ablation import ablate, stored_ablation
+    from attnlens.analyses.ablation_groups import ablate_groups, ablate_layers, ablate_together
+    from attnlens.analyses.ablation_pairs import ablate_pairs
+    from attnlens.analyses.ablation_positions import ablate_positions
     from attnlens.analyses.alignment import property_alignment
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
+    from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.layer_similarity import layer_similarity
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     )
     from attnlens.lens import Lens, load
     from attnlens.lens.sources import open_texts
+    from attnlens.sweeps.sweep import SweepSettings
     from attnlens.views import show
 
 __version__ = "0.1.0"
@@ -90,12 +95,17 @@ _HOMES = {
     "SinkSettings": "attnlens.analyses.sinks",
     "Steer": "attnlens.hooks.edits",
     "SteerStream": "attnlens.hooks.edits",
+    "SweepSettings": "attnlens.sweeps.sweep",
     "SyntaxSettings": "attnlens.analyses.syntax",
     "TokenMass": "attnlens.hooks.reducers",
     "Uniform": "attnlens.hooks.edits",
     "Zero": "attnlens.hooks.edits",
     "ablate": "attnlens.analyses.ablation",
-    "ablate_together": "attnlens.analyses.ablation",
+    "ablate_groups": "attnlens.analyses.ablation_groups",
+    "ablate_layers": "attnlens.analyses.ablation_groups",
+    "ablate_pairs": "attnlens.analyses.ablation_pairs",
+    "ablate_positions": "attnlens.analyses.ablation_positions",
+    "ablate_together": "attnlens.analyses.ablation_groups",
     "attention_basin": "attnlens.analyses.basin",
     "attention_probe": "attnlens.analyses.attention_probe",
     "edits_from_json": "attnlens.hooks.edits",
@@ -122,7 +132,9 @@ _HOMES = {
     "rollout_graph": "attnlens.graphs.flow",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
+    "stored_ablation": "attnlens.analyses.ablation",
     "syntax_heads": "attnlens.analyses.syntax",
+    "try_edits": "attnlens.analyses.edit_effects",
     "vision_aware_heads": "attnlens.analyses.vision_heads",
     "visual_sinks": "attnlens.analyses.vision",
 }
@@ -154,12 +166,17 @@ __all__ = [
     "SinkSettings",
     "Steer",
     "SteerStream",
+    "SweepSettings",
     "SyntaxSettings",
     "TokenMass",
     "Uniform",
     "Zero",
     "__version__",
     "ablate",
+    "ablate_groups",
+    "ablate_layers",
+    "ablate_pairs",
+    "ablate_positions",
     "ablate_together",
     "analyses",
     "attention_basin",
@@ -190,8 +207,10 @@ __all__ = [
     "rollout_graph",
     "show",
     "sinks",
+    "stored_ablation",
     "syntax_heads",
     "tasks",
+    "try_edits",
     "views",
     "vision_aware_heads",
     "visual_sinks",

@@ -1,16 +1,16 @@
 """Head ablation: how much worse, or better, a task goes without a head.
 
-A head's output is replaced by zero, by its mean over a reference set, or by the even mean of the
-values it sees (`uniform`), and the task is graded again. Papers call different things "masking", so
-results say which was done. Michel et al. 2019, Are sixteen heads really better than one?
+A head's output is replaced (see `Mode`), and the task is graded again; each head is set beside
+matched random heads of its layer. Michel et al. 2019, Are sixteen heads really better than one?
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -20,24 +20,16 @@ from torch import Tensor
 from attnlens.analyses.per_head import head_frame
 from attnlens.analyses.uncertainty import bootstrap_mean
 from attnlens.anatomy import Head, HeadSpec
-from attnlens.errors import InputError
-from attnlens.hooks.edits import Edit, Mean, Uniform, Zero
+from attnlens.anatomy.sites import read_head
+from attnlens.errors import FileError
 from attnlens.lens import Inputs, Lens
+from attnlens.sweeps.modes import Ablator, Mode
+from attnlens.sweeps.run import Values, run_trials
+from attnlens.sweeps.store import Store
+from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
 
-Progress = Callable[[int, int], None]
-"""Called with (done, all) after each run of the task."""
-
-
-class Mode(StrEnum):
-    """What takes the place of a head's output z."""
-
-    ZERO = "zero"
-    """Nothing."""
-    MEAN = "mean"
-    """Its mean over all positions of the reference prompts."""
-    UNIFORM = "uniform"
-    """The mean of the values that each row sees: A = 1 / visible keys."""
+__all__ = ["Ablation", "Mode", "ablate", "stored_ablation"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,8 @@ class Ablation:
         task, metric, mode: what was graded, by what, and what took the place of a head's output.
         heads: the heads that were ablated, in the order of every `head` axis.
         clean: the metric of each prompt, nothing ablated.
-        ablated: the metric of each prompt with one head ablated.
+        ablated: the metric of each prompt with one head ablated; NaN where a store read before its
+            sweep ended has none.
         effect: `mean(ablated - clean)` over prompts, with bounds `low` and `high`; a head that
             helps has a negative effect on accuracy and logit difference, a positive one on loss.
         control: the same for matched random heads, those of `control_heads`: other heads of the
@@ -74,12 +67,22 @@ class Ablation:
     seed: int
     notes: tuple[str, ...]
 
+    def grid(self, stack: str = "") -> Float[Tensor, "layer head"]:
+        """Effects of one stack by layer and head; NaN where a head was not ablated."""
+        own = [(head, i) for i, head in enumerate(self.heads) if head.stack == stack]
+        shape = [max((head.layer for head, _ in own), default=-1) + 1]
+        shape.append(max((head.head for head, _ in own), default=-1) + 1)
+        grid = torch.full(shape, torch.nan, dtype=torch.float64)
+        for head, i in own:
+            grid[head.layer, head.head] = self.effect[i]
+        return grid
+
     def to_frame(self) -> pd.DataFrame:
         """One row a head: ablated metric, effect with bounds, control with bounds."""
         return head_frame(
             self.heads,
             {
-                "ablated": self.ablated.mean(1),
+                "ablated": self.ablated.nanmean(1),
                 "effect": self.effect,
                 "effect_low": self.low,
                 "effect_high": self.high,
@@ -89,27 +92,19 @@ class Ablation:
             },
         )
 
-
-@dataclass(frozen=True)
-class SetAblation:
-    """Effect of ablating a set of heads at once, beside random sets that do not touch it.
-
-    `control_sets` have as many heads in each layer as the set; `control` is the effect of each.
-    """
-
-    task: str
-    metric: str
-    mode: Mode
-    heads: tuple[Head, ...]
-    clean: Float[Tensor, " prompt"]
-    ablated: Float[Tensor, " prompt"]
-    effect: float
-    low: float
-    high: float
-    control: Float[Tensor, " set"]
-    control_sets: tuple[tuple[Head, ...], ...]
-    seed: int
-    notes: tuple[str, ...]
+    def prompts_frame(self) -> pd.DataFrame:
+        """One row a head and prompt: the metric clean and ablated, and the effect."""
+        count = len(self.clean)
+        clean = self.clean.repeat(len(self.heads))
+        return pd.DataFrame(
+            {
+                "head": [str(head) for head in self.heads for _ in range(count)],
+                "prompt": list(range(count)) * len(self.heads),
+                "clean": clean.tolist(),
+                "ablated": self.ablated.flatten().tolist(),
+                "effect": (self.ablated.flatten() - clean).tolist(),
+            }
+        )
 
 
 def ablate(
@@ -121,150 +116,134 @@ def ablate(
     reference: Inputs | None = None,
     controls: int = 8,
     seed: int = 0,
-    batch_size: int = 16,
     resamples: int = 1000,
     confidence: float = 0.95,
+    sweep: SweepSettings | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
     """Ablate each head by itself and grade the task: `effect = mean(M(ablated) - M(clean))`.
 
-    Logits are taken only where the metric reads. `reference` gives the means of mode mean; the
-    task's corrupt prompts where not given. Each head's control is the mean effect of up to
-    `controls` random other heads of its layer.
+    Runs go on from the layer of the head, many heads side by side; logits are taken only where the
+    metric reads. `reference` gives the means of the two mean modes; the task's corrupt prompts
+    where not given. Each head's control is the mean effect of up to `controls` random other heads
+    of its layer. `sweep` says where values are kept, and how the work is spread. `progress` is
+    called with (values done, all).
 
     Raises:
         HeadError: a head that the model does not have.
-        InputError: an unknown mode, or a model without logits.
+        InputError: an unknown mode, a model without logits, or one that gives no numbers.
+        FileError: the store is of another sweep, or cannot be written.
 
     """
     chosen = lens.anatomy.find(heads)
     draw = random.Random(seed)
     matched = tuple(_others(lens, head, controls, draw) for head in chosen)
-    grade = _Grader(lens, task, Mode(_known(mode)), metric, reference, batch_size)
+    ablator = Ablator.of(lens, task, mode, reference)
     wanted = list(dict.fromkeys([*chosen, *(head for group in matched for head in group)]))
-    clean = grade()
-    values: dict[Head, Tensor] = {}
-    for done, head in enumerate(wanted, 1):
-        values[head] = grade([head])
-        if progress is not None:
-            progress(done, len(wanted))
-    ablated = torch.stack([values[head] for head in chosen])
-    lost = torch.full_like(clean, torch.nan)
-    control = [
-        torch.stack([values[h] - clean for h in group]).mean(0) if group else lost
-        for group in matched
-    ]
-    effect = bootstrap_mean((ablated - clean).T, resamples, confidence, seed)
-    beside = bootstrap_mean(torch.stack(control).T, resamples, confidence, seed)
-    return Ablation(
-        task.name,
-        metric or task.metric,
-        grade.mode,
-        chosen,
-        clean,
-        ablated,
-        *effect,
-        *beside,
-        matched,
-        seed,
-        _notes(task, [chosen[i] for i, group in enumerate(matched) if not group]),
+    trials = [ablator.trial([head]) for head in wanted]
+    asked = _Asked(
+        task.name, metric or task.metric, ablator.mode, chosen, matched, seed, resamples, confidence
     )
+    about = asked.facts()
+    values = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
+    return asked.result(values, wanted)
 
 
-def ablate_together(
-    lens: Lens,
-    task: Task,
-    heads: HeadSpec,
-    mode: Mode | str = Mode.ZERO,
-    metric: str | None = None,
-    reference: Inputs | None = None,
-    controls: int = 8,
-    seed: int = 0,
-    batch_size: int = 16,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-    progress: Progress | None = None,
-) -> SetAblation:
-    """Ablate a set of heads at once, and `controls` random sets with as many heads in each layer.
+def stored_ablation(folder: str | Path) -> Ablation:
+    """The ablation in a store, finished or not, read without the model.
 
-    The random sets exclude the heads of the set; where a layer has too few others there is no
-    control, and a note says so. Arguments and errors otherwise as for `ablate`.
+    Raises:
+        FileError: there is no store, or it holds another kind of sweep.
+
     """
-    chosen = lens.anatomy.find(heads)
-    grade = _Grader(lens, task, Mode(_known(mode)), metric, reference, batch_size)
-    sets, notes = _matched_sets(lens, chosen, controls, random.Random(seed))
-    clean, ablated = grade(), grade(chosen)
-    effect = bootstrap_mean(ablated - clean, resamples, confidence, seed)
-    beside: list[float] = []
-    for done, group in enumerate(sets, 1):
-        beside.append(float((grade(group) - clean).mean()))
-        if progress is not None:
-            progress(done, len(sets))
-    return SetAblation(
-        task.name,
-        metric or task.metric,
-        grade.mode,
-        chosen,
-        clean,
-        ablated,
-        float(effect.mean),
-        float(effect.low),
-        float(effect.high),
-        torch.tensor(beside, dtype=torch.float64),
-        sets,
-        seed,
-        (*notes, *_notes(task, [])),
+    store = Store.open(folder)
+    values = Values.of(store.values(), store.notes)
+    facts = store.manifest.settings
+    if facts.get("kind") != "heads":
+        raise FileError(
+            f"{folder} holds a sweep of {facts.get('kind', 'edits')}, not of single heads: read "
+            "its table with sweeps.store.Store.open(folder).table()."
+        )
+    manifest = store.manifest
+    asked = _Asked(
+        manifest.task["name"],
+        manifest.task["metric"],
+        Mode(facts["mode"]),
+        tuple(map(read_head, facts["heads"])),
+        tuple(tuple(map(read_head, group)) for group in facts["controls"]),
+        manifest.seed,
+        int(facts["resamples"]),
+        float(facts["confidence"]),
     )
+    found = asked.result(values, [read_head(name) for name in manifest.names])
+    left = int(values.values.isnan().sum() + values.clean.isnan().sum())
+    if left:
+        total = values.values.numel() + values.clean.numel()
+        note = f"Not finished: {left} of {total} values are missing; resume the sweep to get them."
+        found = replace(found, notes=(note, *found.notes))
+    return found
 
 
-def edit_of(
-    mode: Mode, heads: Sequence[Head], means: Mapping[str, Float[Tensor, "head d_v"]] | None
-) -> Edit:
-    """The edit that ablates the heads; mode mean needs the means of `lens.mean_z`."""
-    if mode is Mode.ZERO:
-        return Zero(tuple(heads))
-    if mode is Mode.UNIFORM:
-        return Uniform(tuple(heads))
-    if means is None:
-        raise InputError("Mean ablation needs the mean z of the heads: lens.mean_z(reference).")
-    return Mean(tuple(heads), means)
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for: enough to make the result from values, in the process or from a store."""
+
+    task: str
+    metric: str
+    mode: Mode
+    heads: tuple[Head, ...]
+    controls: tuple[tuple[Head, ...], ...]
+    seed: int
+    resamples: int
+    confidence: float
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a store tells beside its trials."""
+        return {
+            "kind": "heads",
+            "mode": str(self.mode),
+            "heads": [str(head) for head in self.heads],
+            "controls": [[str(head) for head in group] for group in self.controls],
+            "resamples": self.resamples,
+            "confidence": self.confidence,
+        }
+
+    def result(self, found: Values, order: Sequence[Head]) -> Ablation:
+        """Effects with intervals, and those of the controls."""
+        change = dict(zip(order, found.values - found.clean, strict=True))
+        lost = torch.full_like(found.clean, torch.nan)
+        control = [
+            torch.stack([change[head] for head in group]).mean(0) if group else lost
+            for group in self.controls
+        ]
+        how = self.resamples, self.confidence, self.seed
+        effect = bootstrap_mean(torch.stack([change[head] for head in self.heads], 1), *how)
+        beside = bootstrap_mean(torch.stack(control, 1), *how)
+        values = dict(zip(order, found.values, strict=True))
+        alone = [head for head, group in zip(self.heads, self.controls, strict=True) if not group]
+        return Ablation(
+            self.task,
+            self.metric,
+            self.mode,
+            self.heads,
+            found.clean,
+            torch.stack([values[head] for head in self.heads]),
+            *effect,
+            *beside,
+            self.controls,
+            self.seed,
+            (*found.notes, *ablation_notes(len(found.clean), alone)),
+        )
 
 
-class _Grader:
-    """Grades a task with some heads ablated: the metric of each prompt, in float64 on the CPU."""
-
-    def __init__(
-        self,
-        lens: Lens,
-        task: Task,
-        mode: Mode,
-        metric: str | None,
-        reference: Inputs | None,
-        batch_size: int,
-    ) -> None:
-        self.mode = mode
-        self._lens, self._task, self._metric = lens, task, metric
-        self._batch_size = batch_size
-        self._means: Mapping[str, Tensor] | None = None
-        if mode is Mode.MEAN:
-            self._means = lens.mean_z(task.corrupt_inputs() if reference is None else reference)
-
-    def __call__(self, heads: Sequence[Head] = ()) -> Float[Tensor, " prompt"]:
-        if not heads:
-            return self._graded()
-        with self._lens.edit(edit_of(self.mode, heads, self._means)):
-            return self._graded()
-
-    def _graded(self) -> Float[Tensor, " prompt"]:
-        task = self._task
-        logits = self._lens.logits(task.clean_inputs(), task.reads, self._batch_size)
-        return task.score(logits, self._metric).double().cpu()
-
-
-def _known(mode: Mode | str) -> str:
-    if mode not in list(Mode):
-        raise InputError(f"There is no ablation {mode!r}; choose {', '.join(Mode)}.")
-    return mode
+def ablation_notes(prompts: int, alone: Sequence[Head] = ()) -> tuple[str, ...]:
+    """What a reader should know of few prompts and of heads without controls."""
+    notes: list[str] = []
+    if alone:
+        notes.append(f"No control for {', '.join(map(str, alone[:4]))}: none drawn from the layer.")
+    if prompts < 2:
+        notes.append("One prompt gives no interval over prompts; give several.")
+    return tuple(notes)
 
 
 def _others(lens: Lens, head: Head, count: int, draw: random.Random) -> tuple[Head, ...]:
@@ -272,35 +251,3 @@ def _others(lens: Lens, head: Head, count: int, draw: random.Random) -> tuple[He
     site = lens.anatomy[head.site]
     others = [site.head(number) for number in range(site.heads) if number != head.head]
     return tuple(sorted(draw.sample(others, min(count, len(others)))))
-
-
-def _matched_sets(
-    lens: Lens, heads: Sequence[Head], count: int, draw: random.Random
-) -> tuple[tuple[tuple[Head, ...], ...], tuple[str, ...]]:
-    """Random sets with as many heads of each site as `heads` has, none of which is in `heads`."""
-    free: dict[str, list[Head]] = {}
-    for name in dict.fromkeys(head.site for head in heads):
-        site = lens.anatomy[name]
-        free[name] = [site.head(n) for n in range(site.heads) if site.head(n) not in heads]
-        needed = sum(head.site == name for head in heads)
-        if len(free[name]) < needed:
-            note = f"No control: {name} has {len(free[name])} heads outside the set, not {needed}."
-            return (), (note,)
-    sets = [
-        tuple(
-            picked
-            for name, others in free.items()
-            for picked in sorted(draw.sample(others, sum(head.site == name for head in heads)))
-        )
-        for _ in range(count)
-    ]
-    return tuple(dict.fromkeys(sets)), ()
-
-
-def _notes(task: Task, alone: Sequence[Head]) -> tuple[str, ...]:
-    notes: list[str] = []
-    if alone:
-        notes.append(f"No control for {', '.join(map(str, alone[:4]))}: none drawn from the layer.")
-    if len(task) < 2:
-        notes.append("One prompt gives no interval over prompts; give several.")
-    return tuple(notes)

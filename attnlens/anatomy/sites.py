@@ -72,6 +72,19 @@ class Head:
         return f"{self.site}H{self.head}"
 
 
+def read_head(text: str) -> Head:
+    """The head that prints as `text`, of whatever model.
+
+    Raises:
+        HeadError: the text is no single head.
+
+    """
+    found = _PART.match(text)
+    if found is None or found["head"] is None or found["open"]:
+        raise HeadError(f"{text!r} is no head: heads are written L3H5 or cross.L3H5.")
+    return Head(found["stack"] or "", int(found["from"]), int(found["head"]))
+
+
 HeadSpec = str | Head | tuple[int, int] | Iterable["str | Head | tuple[int, int]"]
 
 _PART = re.compile(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from attnlens.analyses.ablation import Ablation, SetAblation, ablate, ablate_together
+from attnlens.analyses.ablation import Ablation, ablate
+from attnlens.analyses.ablation_groups import SetAblation, ablate_together
 from attnlens.analyses.head_types import HeadTypes, head_types
 from attnlens.analyses.profile import Profile, profile
 from attnlens.analyses.rollout import Rollout, rollout

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from attnlens.hooks.edits.means import add_longer
 from attnlens.hooks.examples import example_inputs
 from attnlens.hooks.keep import Keep, Request, check_budget
 from attnlens.hooks.measure import Measure, merge
+from attnlens.hooks.mlp import Mlp, find_mlps
 from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
 from attnlens.hooks.reads import ReadRows
@@ -188,7 +190,7 @@ class Lens:
         `with lens.edit(al.Zero("L3H5"), al.Scale("L4", 2.0)): ...`. Afterwards the model is as it
         was; a block in which an edited site never ran raises SeamError.
         """
-        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits, self.find_mlps)]):
+        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits, self.mlp_names)]):
             self._edits += 1
             try:
                 yield
@@ -253,9 +255,14 @@ class Lens:
         with Session(self.model, anatomy, [*observers, ReadRows(anatomy, reads)]):
             return self._forward(batch).logits
 
-    def find_mlps(self) -> Mapping[str, str]:
+    @cached_property
+    def mlps(self) -> Mapping[str, Mlp]:
+        """The MLP of each block, by the block's name; found once, by a run on the example input."""
+        return find_mlps(self.model, self.anatomy, self._example)
+
+    def mlp_names(self) -> Mapping[str, str]:
         """Name of the module that writes what a block's MLP adds to the stream, by block."""
-        return {}
+        return {block: mlp.name for block, mlp in self.mlps.items()}
 
     def decode(
         self,

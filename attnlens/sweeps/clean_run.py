@@ -13,8 +13,9 @@ from torch import Tensor
 from attnlens.anatomy import Anatomy
 from attnlens.errors import InputError, SeamError, UnsupportedModelError
 from attnlens.hooks.edits import Edit
-from attnlens.hooks.edits.base import HeadEdit
-from attnlens.hooks.restart import Record, Recording, Restart
+from attnlens.hooks.edits.base import StreamEdit
+from attnlens.hooks.mlp import OnlyRows
+from attnlens.hooks.restart import Record, Recording, Restart, block_names
 from attnlens.hooks.session import Observer
 from attnlens.lens import Lens
 from attnlens.lens.inputs import Batch, repeated
@@ -92,10 +93,10 @@ class CleanRun:
         `site` is the first that any of them changes: what lies below is not run again, nor is its
         attention where edits of heads alone are asked of it.
         """
-        stack = Stack(self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.find_mlps)
+        stack = Stack(self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.mlp_names)
         observers: list[Observer] = [stack]
         if self.recording is not None and site is not None:
-            observers = [self._restart(stack, trials, site), stack]
+            observers = [self._restart(stack, trials, site), *self._cut(trials), stack]
         batch = repeated(self.batch, len(trials))
         reads = self.task.reads.repeat(len(trials), 1)
         return self.grade(self.lens.logits_at(batch, reads, *observers))
@@ -103,7 +104,7 @@ class CleanRun:
     def _restart(self, stack: Stack, trials: Sequence[Sequence[Edit]], name: str) -> Restart:
         assert self.recording is not None
         site, z = self.anatomy[name], None
-        streams = [e for edits in trials for e in edits if not isinstance(e, HeadEdit)]
+        streams = [e for edits in trials for e in edits if isinstance(e, StreamEdit)]
         here = any(name in edit.sites(self.anatomy) for edit in streams)
         if not here and self.recording.of(name).takes_z:
             z = stack.z_at(site, self.recording.of(name).call)
@@ -119,7 +120,7 @@ class CleanRun:
         try:
             own = self.recording.of(site.name)
             restart = Restart(self.recording, site, 1, own.call.output if own.takes_z else None)
-            again = self.lens.logits_at(self.batch, self.task.reads, restart)
+            again = self.lens.logits_at(self.batch, self.task.reads, restart, *self._cut([]))
         except UnsupportedModelError as error:
             return str(error)
         except (RuntimeError, ValueError, TypeError, SeamError) as error:
@@ -138,3 +139,12 @@ class CleanRun:
                 f"{self.anatomy.model} gives {float(self.values[bad[0, 0]])} for the {self.metric} "
                 f"of a prompt with nothing edited. Check its weights (lens.check()) and its dtype."
             )
+
+    def _cut(self, trials: Sequence[Sequence[Edit]]) -> tuple[Observer, ...]:
+        """The last MLP at the rows that the metric reads alone, where nobody else reads them."""
+        last = block_names(self.lens.model, self.anatomy)[-1]
+        mlp = self.lens.mlps.get(last)
+        edited = any(isinstance(edit, StreamEdit) for edits in trials for edit in edits)
+        if mlp is None or not mlp.whole or edited:
+            return ()
+        return (OnlyRows(mlp, self.task.reads),)

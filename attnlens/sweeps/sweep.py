@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,41 +37,37 @@ Take = Callable[[NDArray[np.int64], int, NDArray[np.float64]], None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a sweep runs; none of it changes a value but for rounding.
+class SweepSettings:
+    """How a sweep runs and where its values go; none of it changes a value but for rounding.
 
     Attributes:
         batch_size: prompts whose clean run is kept at a time.
         tokens: positions in one forward at most, those of all trials side by side together.
         restart: whether to go on from the first changed layer; else every run is a full one.
+        store: folder in which every value is kept as soon as it is known.
+        resume: whether to go on with the sweep in that folder.
+        ray: address of a Ray cluster, or "local"; the work is spread over its machines.
+        workers: models on the cluster; one a GPU, or one, where not given.
+        gpus: share of a GPU that each of them takes; 0 for none.
 
     """
 
     batch_size: int = 16
     tokens: int = TOKENS
     restart: bool = True
+    store: str | Path | None = None
+    resume: bool = False
+    ray: str | None = None
+    workers: int | None = None
+    gpus: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.tokens < 1:
             raise InputError(
                 f"batch_size={self.batch_size} and tokens={self.tokens}: give 1 or more of both."
             )
-
-
-@dataclass(frozen=True)
-class Values:
-    """What a sweep found.
-
-    Attributes:
-        clean: the metric of each prompt with nothing edited.
-        values: the metric of each prompt under each trial.
-        notes: what a reader should know: whether runs were restarted, or why not.
-
-    """
-
-    clean: Float[Tensor, " prompt"]
-    values: Float[Tensor, "trial prompt"]
-    notes: tuple[str, ...]
+        if self.resume and self.store is None:
+            raise InputError("resume=True goes on with a sweep in a folder: give store='DIR' too.")
 
 
 class Sweep:
@@ -82,7 +79,7 @@ class Sweep:
         task: Task,
         trials: Sequence[Trial],
         metric: str | None = None,
-        settings: Settings | None = None,
+        settings: SweepSettings | None = None,
     ) -> None:
         if lens.edited:
             raise InputError(
@@ -91,7 +88,7 @@ class Sweep:
             )
         self.lens, self.task, self.trials = lens, task, tuple(trials)
         self.metric = check_metric(metric or task.metric)
-        self.settings = settings or Settings()
+        self.settings = settings or SweepSettings()
         self.notes: list[str] = []
         self._restart: bool | None = None if self.settings.restart else False
 
@@ -196,25 +193,6 @@ class Sweep:
                 f"{float(values[~values.isfinite()][0])}: the edited model gives no numbers. What "
                 "was done before is kept; leave this trial out, or take another mode."
             )
-
-
-def sweep(
-    lens: Lens,
-    task: Task,
-    trials: Sequence[Trial],
-    metric: str | None = None,
-    settings: Settings | None = None,
-    progress: Progress | None = None,
-) -> Values:
-    """Grade a task under each trial, in memory; `sweeps.stored` keeps values on disk."""
-    job = Sweep(lens, task, trials, metric, settings)
-    found = torch.full((len(job.trials) + 1, len(task)), torch.nan, dtype=torch.float64)
-
-    def take(prompts: NDArray[np.int64], trial: int, values: NDArray[np.float64]) -> None:
-        found[trial, torch.from_numpy(prompts)] = torch.from_numpy(values)
-
-    job.run(take, progress=progress)
-    return Values(found[-1], found[:-1], tuple(job.notes))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from attnlens.analyses.ablation import Ablation, SetAblation
+from attnlens.analyses.ablation import Ablation
+from attnlens.analyses.ablation_groups import SetAblation
 from attnlens.analyses.head_types import HeadTypes
 from attnlens.analyses.massive_qk import MassiveQK
 from attnlens.analyses.profile import Profile

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from attnlens.analyses.ablation import Ablation, SetAblation
+from attnlens.analyses.ablation import Ablation
+from attnlens.analyses.ablation_groups import SetAblation
 from attnlens.views.panels import Quantity, head_grids, interval_text, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import styled

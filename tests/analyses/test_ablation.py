@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 import attnlens as al
-from attnlens.analyses.ablation import Mode, ablate, ablate_together
+from attnlens.analyses.ablation import Mode, ablate
+from attnlens.analyses.ablation_groups import ablate_together
 from attnlens.errors import HeadError, InputError
 from attnlens.lens import Lens
 from attnlens.tasks import Task, repeated_tokens
@@ -20,7 +21,7 @@ def small(random_lens: Lens) -> Task:
     return repeated_tokens(random_lens, prompts=3, period=5)
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.FROZEN])
 def test_only_the_circuit_matters(induction_lens: Lens, task: Task, mode: Mode) -> None:
     found = ablate(induction_lens, task, mode=mode, metric="accuracy")
     assert (found.clean == 1).all()
@@ -30,6 +31,16 @@ def test_only_the_circuit_matters(induction_lens: Lens, task: Task, mode: Mode) 
     # the control of a head of the circuit is heads that do nothing, and the other way round
     assert frame.loc["L0H1", "control"] == 0
     assert frame.loc["L0H0", "control"] == pytest.approx(frame.loc["L0H1", "effect"] / 3)
+
+
+def test_with_later_maps_frozen_the_previous_token_head_is_not_missed(
+    induction_lens: Lens, task: Task
+) -> None:
+    """L0H1 works through the map of L1H2 alone; L1H2 writes the answer itself."""
+    found = ablate(induction_lens, task, mode="frozen", metric="accuracy", controls=0)
+    frame = found.to_frame().set_index("head")
+    assert frame.loc["L1H2", "ablated"] < 0.2
+    assert (frame.drop("L1H2")["effect"].abs() < 1e-12).all()
 
 
 def test_zero_is_zeroing_the_output_projections_slice(random_lens: Lens, small: Task) -> None:
@@ -100,7 +111,8 @@ def test_controls_are_other_heads_of_the_layer(random_lens: Lens, small: Task) -
     (drawn,) = found.control_heads
     assert len(drawn) == 2
     assert all(head.site == "L1" and head.head != 0 for head in drawn)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    # the clean run, the head and two controls, each on three prompts
+    assert seen == [(3, 12), (6, 12), (9, 12), (12, 12)]
     others = ablate(random_lens, small, drawn, controls=0)
     assert torch.allclose(found.control[0], others.effect.mean())
     assert others.control.isnan().all()
@@ -138,7 +150,9 @@ def test_the_model_is_as_before(random_lens: Lens, small: Task) -> None:
 
 
 def test_bad_requests_are_named(random_lens: Lens, small: Task) -> None:
-    with pytest.raises(InputError, match="zero, mean, uniform"):
+    with pytest.raises(
+        InputError, match="zero, mean, position_mean, resample, uniform, identity, frozen"
+    ):
         ablate(random_lens, small, mode="none")
     with pytest.raises(HeadError, match="L7H0"):
         ablate(random_lens, small, "L7H0")

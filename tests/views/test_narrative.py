@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from attnlens.analyses.ablation import Ablation, Mode, SetAblation
+from attnlens.analyses.ablation import Ablation, Mode
+from attnlens.analyses.ablation_groups import SetAblation
 from attnlens.anatomy import Head
 from attnlens.views.narrative import check_line, model_line, strongest_line, type_line
 from attnlens.views.ranking import ablation_lines, together_line

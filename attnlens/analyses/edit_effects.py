@@ -1,0 +1,98 @@
+"""Any edits on a task: the effect of each named list of edits, beside the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.analyses.ablation import ablation_notes
+from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.errors import InputError
+from attnlens.hooks.edits import Edit
+from attnlens.lens import Lens
+from attnlens.sweeps.run import run_trials
+from attnlens.sweeps.sweep import Progress, SweepSettings
+from attnlens.sweeps.trials import Trial
+from attnlens.tasks import Task
+
+
+@dataclass(frozen=True)
+class EditEffects:
+    """Effect of each list of edits on a task.
+
+    Attributes:
+        names, edits: what each list is called, and what its edits say they are.
+        clean: the metric of each prompt, nothing edited.
+        edited: the metric of each prompt under each list.
+        effect: `mean(edited - clean)` over prompts, with bounds `low` and `high`.
+
+    """
+
+    task: str
+    metric: str
+    names: tuple[str, ...]
+    edits: tuple[str, ...]
+    clean: Float[Tensor, " prompt"]
+    edited: Float[Tensor, "list prompt"]
+    effect: Float[Tensor, " list"]
+    low: Float[Tensor, " list"]
+    high: Float[Tensor, " list"]
+    seed: int
+    notes: tuple[str, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a list: its name, its edits, the metric, effect with bounds."""
+        return pd.DataFrame(
+            {
+                "name": list(self.names),
+                "edits": list(self.edits),
+                "edited": self.edited.mean(1).tolist(),
+                "effect": self.effect.tolist(),
+                "effect_low": self.low.tolist(),
+                "effect_high": self.high.tolist(),
+            }
+        )
+
+
+def try_edits(
+    lens: Lens,
+    task: Task,
+    edits: Mapping[str, Edit | Sequence[Edit]],
+    metric: str | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    sweep: SweepSettings | None = None,
+    progress: Progress | None = None,
+) -> EditEffects:
+    """Grade a task under each named list of edits: `effect = mean(M(edited) - M(clean))`.
+
+    Edits that hold tensors of prompts (`Patch`) hold those of all prompts of the task, in order.
+
+    Raises:
+        InputError: no edits, or as for `ablate`.
+
+    """
+    if not edits:
+        raise InputError("No edits were given: {'quiet': al.Scale('L3', 0.5), ...}.")
+    lists = {
+        name: (given,) if isinstance(given, Edit) else tuple(given) for name, given in edits.items()
+    }
+    trials = [Trial(name, own) for name, own in lists.items()]
+    found = run_trials(lens, task, trials, metric, sweep, seed, {"kind": "edits"}, progress)
+    effect = bootstrap_mean((found.values - found.clean).T, resamples, confidence, seed)
+    return EditEffects(
+        task.name,
+        metric or task.metric,
+        tuple(lists),
+        tuple("; ".join(map(str, own)) for own in lists.values()),
+        found.clean,
+        found.values,
+        *effect,
+        seed,
+        (*found.notes, *ablation_notes(len(task))),
+    )
