@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy
 from attnlens.errors import SeamError, UnsupportedModelError
+from attnlens.hooks.replaced import of_this_thread
 from attnlens.hooks.session import Handle, Observer
 
 
@@ -37,9 +38,9 @@ class ReadRows(Observer):
         """Hook the unembedding, and see to it that every forward comes by it."""
         unembedding = model.get_submodule(self._name)
         return [
-            model.register_forward_pre_hook(self._begin),
-            unembedding.register_forward_pre_hook(self._take, with_kwargs=True),
-            model.register_forward_hook(self._check),
+            model.register_forward_pre_hook(of_this_thread(self._begin)),
+            unembedding.register_forward_pre_hook(of_this_thread(self._take), with_kwargs=True),
+            model.register_forward_hook(of_this_thread(self._check)),
         ]
 
     def _begin(self, *_: object) -> None:

@@ -1,12 +1,27 @@
-"""Another forward on a module for a while: what was there before comes back as it was."""
+"""Hooks and forwards that act for the thread that put them on a model, and for no other."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+
+def of_this_thread(hook: Callable[_Given, _Made]) -> Callable[_Given, _Made | None]:
+    """The hook for the thread that asks for it; in others it does nothing."""
+    thread = threading.get_ident()
+
+    @wraps(hook)
+    def guarded(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made | None:
+        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return guarded
 
 
 class Replaced:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError, UnsupportedModelError
-from attnlens.hooks.replaced import Replaced
+from attnlens.hooks.replaced import Replaced, of_this_thread
 from attnlens.hooks.returned import (
     first_tensor,
     put,
@@ -153,7 +153,7 @@ class Record(Observer):
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on blocks, on attention modules, and on their projections."""
-        handles: list[Handle] = [model.register_forward_pre_hook(lambda *_: self._forget())]
+        handles: list[Handle] = [model.register_forward_pre_hook(of_this_thread(self._forget))]
         names = [*block_names(model, self._anatomy), *(site.module for site in self._asked)]
         for name in dict.fromkeys(names):
             module = model.get_submodule(name)
@@ -171,7 +171,7 @@ class Record(Observer):
         self._inside[site.name] = tuple(name for name, _, _ in self._open)
         return call
 
-    def _forget(self) -> None:
+    def _forget(self, *_: object) -> None:
         self._clock = 0
         self._open: list[tuple[str, int, tuple[int, ...] | None]] = []
         self._ran: list[Ran] = []
@@ -186,12 +186,14 @@ class Record(Observer):
         return self._clock
 
     def _begin(self, name: str) -> Callable[..., None]:
+        @of_this_thread
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._open.append((name, self._tick(), _entered(args, kwargs)))
 
         return hook
 
     def _end(self, name: str) -> Callable[..., None]:
+        @of_this_thread
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             own, began, entered = self._open.pop()
             assert own == name
@@ -205,6 +207,7 @@ class Record(Observer):
         return hook
 
     def _project(self, name: str) -> Callable[..., None]:
+        @of_this_thread
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 self._projected[name] = tuple(args[0].shape), output
@@ -282,8 +285,8 @@ class Restart(Observer):
         Only the thread that does so is served by the replacements.
         """
         handles: list[Handle] = [
-            model.register_forward_pre_hook(lambda *_: self._reached.clear()),
-            model.register_forward_hook(self._check),
+            model.register_forward_pre_hook(of_this_thread(self._begin)),
+            model.register_forward_hook(of_this_thread(self._check)),
         ]
         for run in self._skipped:
             handles.append(Replaced(model.get_submodule(run.name), self._returning(run)))
@@ -308,6 +311,9 @@ class Restart(Observer):
             return put(run.value, widened(run.value, self._times, self._wide))
 
         return forward
+
+    def _begin(self, *_: object) -> None:
+        self._reached.clear()
 
     def _check(self, *_: object) -> None:
         """Raise where the model did not come by a skipped module: something else was computed."""
