@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import signal
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,18 +31,19 @@ def start(folder: Path, seconds: float) -> Sweeper:
     return process, reader
 
 
-def kill(sweeper: Sweeper) -> set[tuple[int, int]]:
-    """Kill a process; the rows that it had reported as safe."""
+def kill(sweeper: Sweeper, chance: random.Random) -> set[tuple[int, int]]:
+    """Kill a process some time after some reports; the rows that it had reported as safe."""
     process, reader = sweeper
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "it had ended before: give it more to do"
     safe: set[tuple[int, int]] = set()
-    try:
+    with suppress(EOFError, OSError):  # it has ended, or the kill fell into a report
+        for _ in range(chance.randrange(3)):
+            safe |= set(reader.recv())
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
         while True:
             safe |= set(reader.recv())
-    except (EOFError, OSError):  # also where the kill fell into a report
-        return safe
+    process.join()
+    return safe
 
 
 def check_whole(folder: Path, unbroken: Path) -> None:
@@ -59,8 +61,8 @@ def test_thirty_kills_lose_no_row_and_double_none(tmp_path: Path) -> None:
     for _ in range(30):
         # At 0 most kills fall into a write, else most fall while rows are waiting.
         sweeper = start(tmp_path / "killed", chance.choice([0.0, 0.02]))
-        time.sleep(chance.uniform(0, 0.1))
-        safe |= kill(sweeper)
+        safe |= kill(sweeper, chance)
+        assert sweeper[0].exitcode == -signal.SIGKILL, "it had ended before: give it more to do"
         done = Store.resume(tmp_path / "killed", known()).done()
         assert all(done[place] for place in safe)
     assert 100 < len(safe) <= done.sum() < done.size
@@ -74,11 +76,10 @@ def test_processes_that_sweep_at_once_and_are_killed_lose_no_row(tmp_path: Path)
     folder = tmp_path / "killed"
     sweepers = [start(folder, 0.0) for _ in range(3)]
     for number in range(6):  # always some still at work while another resumes
-        time.sleep(chance.uniform(0, 0.1))
-        safe |= kill(sweepers[number % 3])
+        safe |= kill(sweepers[number % 3], chance)
         sweepers[number % 3] = start(folder, 0.0)
     for sweeper in sweepers:
-        safe |= kill(sweeper)
+        safe |= kill(sweeper, chance)
     done = Store.open(folder).done()
     assert safe
     assert all(done[place] for place in safe)

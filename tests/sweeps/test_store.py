@@ -404,8 +404,8 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_large_descriptions_become_digests_that_still_tell_them_apart(folder: Path) -> None:
     def large(last: float) -> Manifest:
-        vectors = [[0.5] * 150_000, [0.25] * 150_000, [0.125] * 149_999 + [last]]
-        return manifest(trials=[(f"L0H{n}", vector) for n, vector in enumerate(vectors)])
+        texts = ["x" * 500_000, "y" * 500_000]
+        return manifest(trials=[("L0H0", texts[0]), ("L0H1", texts[1]), ("L0H2", last)])
 
     Store.create(folder, large(1.0))
     assert (folder / "manifest.json").stat().st_size < 2000
