@@ -225,9 +225,14 @@ class _Finder:
             if self._passes_on(run, theirs) or not sums.adds(run.made, run.began, run.ended):
                 continue
             made = self._streams[run.made].sample
+            if not made.any():  # what adds nothing cannot be told from others that add nothing
+                continue
             equal = [run for run in others if torch.equal(self._streams[run.made].sample, made)]
             found = min(equal, key=lambda run: (run.name.count("."), run.ended))
-            return Mlp(found.name, self._computed(found, others)) if self._local(found) else None
+            mlp = Mlp(found.name, self._computed(found, others))
+            if not any(map(self._has_matrix, (mlp.name, mlp.computed))):
+                continue  # a norm by itself, of streams that differ by a factor
+            return mlp if self._local(found) else None
         return None
 
     def _passes_on(self, run: _Ran, theirs: Sequence[Tensor]) -> bool:
@@ -250,6 +255,10 @@ class _Finder:
             ]
             feeding = min(before, key=lambda run: run.name.count("."), default=None)
         return max(chain, key=self._weights).name if chain else None
+
+    def _has_matrix(self, name: str | None) -> bool:
+        module = self.model.get_submodule(name) if name is not None else nn.Module()
+        return any(weight.ndim > 1 for weight in module.parameters())
 
     def _weights(self, run: _Ran) -> int:
         return sum(weight.numel() for weight in self.model.get_submodule(run.name).parameters())
