@@ -116,7 +116,8 @@ class CleanRun:
         One run goes on from the middle with nothing changed and has to give the clean logits.
         """
         assert self.recording is not None
-        site = self.anatomy.sites[len(self.anatomy.sites) // 2]
+        # Of two layers the lower, so that whole blocks run above it.
+        site = self.anatomy.sites[(len(self.anatomy.sites) - 1) // 2]
         try:
             own = self.recording.of(site.name)
             restart = Restart(self.recording, site, 1, own.call.output if own.takes_z else None)
