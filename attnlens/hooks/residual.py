@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
-from attnlens.errors import UnsupportedModelError
+from attnlens.errors import SeamError, UnsupportedModelError
 from attnlens.hooks.session import Handle, Observer
 
 FINAL = "final"
@@ -78,25 +78,31 @@ class Entering:
     """Handle of hooks that show streams to `look` as they enter their blocks.
 
     Calls of a block that layers share are counted anew in each forward pass of the model. Passes of
-    other threads are left alone.
+    other threads are left alone. With `strict`, a pass in which a stream does not enter its block
+    raises SeamError: a module may attend twice in one block, and then its sites have one stream.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, streams: Sequence[Stream], look: Look
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        streams: Sequence[Stream],
+        look: Look,
+        strict: bool = False,
     ) -> None:
         self._look = look
         self._thread = threading.get_ident()
         self._calls: Counter[str] = Counter()
         self._handles: list[Handle] = [model.register_forward_pre_hook(self._count_anew)]
-        by_block: dict[str, dict[int, Stream]] = {}
-        for stream in streams:
-            if stream.site.block is not None and not stream.final:
-                by_block.setdefault(stream.site.block, {})[stream.site.call] = stream
-        for block, own in by_block.items():
-            calls = list(dict.fromkeys(s.call for s in anatomy.sites if s.block == block))
-            hook = self._hook(block, [own.get(call) for call in calls])
+        wanted = {(s.site.block, s.site.call): s for s in streams if not s.final}
+        for block in dict.fromkeys(block for block, _ in wanted if block is not None):
+            calls = dict.fromkeys(site.call for site in anatomy.sites if site.block == block)
+            own = [wanted.get((block, call)) for call in calls]
             module = model.get_submodule(block)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handle = module.register_forward_pre_hook(self._hook(block, own), with_kwargs=True)
+            self._handles.append(handle)
+            if strict:
+                self._handles.append(model.register_forward_hook(self._check(block, own)))
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -106,6 +112,18 @@ class Entering:
     def _count_anew(self, *_: object) -> None:
         if threading.get_ident() == self._thread:
             self._calls.clear()
+
+    def _check(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            ran = self._calls[block]
+            silent = [stream.name for stream in streams[ran:] if stream is not None]
+            if ran and silent and threading.get_ident() == self._thread:
+                raise SeamError(
+                    f"{silent[0]} has no residual stream of its own: its block {block} runs once "
+                    "and attends more often. Name the block's first site."
+                )
+
+        return hook
 
     def _hook(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -107,6 +107,7 @@ class Editor(Observer):
                 self._anatomy,
                 [Stream(site)],
                 lambda stream, tensor: change("residual", stream.site, tensor),
+                strict=True,
             )
         mlps = self._find_mlps() if self._find_mlps is not None else {}
         if site.block not in mlps:
