@@ -24,9 +24,11 @@ from attnlens.anatomy import Head, Site
 from attnlens.errors import InputError
 from attnlens.hooks.edits import Edit, Editor, HeadEdit
 from attnlens.hooks.gradients import ZGradient, z_gradients
+from attnlens.hooks.reads import ReadRows
 from attnlens.hooks.seam import Call
 from attnlens.lens import Lens
 from attnlens.lens.inputs import Batch, split
+from attnlens.sweeps.trials import Trial
 from attnlens.tasks import Task
 from attnlens.tasks.task import check_metric
 
@@ -154,30 +156,26 @@ def gradient_importance(
 def first_order_effects(
     lens: Lens,
     task: Task,
-    trials: Sequence[Sequence[Edit]],
+    trials: Sequence[Trial],
     metric: str | None = None,
     batch_size: int = 8,
 ) -> Float[Tensor, "trial prompt"]:
-    """Estimated effect of edits on each prompt's metric: `sum_t (z'_t - z_t) . dM/dz_t`.
+    """Estimated effect of trials on each prompt's metric: `sum_t (z'_t - z_t) . dM/dz_t`.
 
-    A trial is edits of heads that act together. z' is what they make of each of their sites in the
-    clean run, so the effects of several sites add up, and one site's change does not reach another.
-    One forward and backward a batch serves all trials.
+    z' is what a trial's edits make of each of their sites in the clean run, so the effects of
+    several sites add up, and one site's change does not reach another. One forward and backward a
+    batch serves all trials.
 
     Raises:
         InputError: a trial that edits a residual stream or an MLP, which no z stands for.
 
     """
-    for edits in trials:
-        for edit in edits:
-            if not isinstance(edit, HeadEdit):
-                raise InputError(f"A first-order effect is one of heads; {edit} edits no head's z.")
     taken, _ = differentiable(task, metric)
     effects = torch.zeros(len(trials), len(task), dtype=torch.float64)
     for prompts, part, gradients in task_gradients(lens, task, taken, batch_size):
         anatomy = lens.anatomy_for(part)
-        for number, edits in enumerate(trials):
-            editor = Editor(anatomy, [edit.of_prompts(prompts) for edit in edits])
+        for number, trial in enumerate(trials):
+            editor = Editor(anatomy, _of_heads(trial, trial.of_prompts(lens, prompts)))
             editor.running.begin(part.inputs)
             for name in sorted(editor.sites):
                 site, found = anatomy[name], gradients[name]
@@ -220,19 +218,18 @@ def task_gradients(
         prompts = slice(start, start + part.size)
         start = prompts.stop
         own = task.subset(prompts)
+        anatomy = lens.anatomy_for(part)
+        if anatomy.unembedding is None:
+            raise InputError(
+                f"{lens.anatomy.model} has no logits: it has no language-model head. Load the "
+                "model with its head to grade its answers."
+            )
 
         def graded(output: Any, own: Task = own) -> Tensor:
-            logits = getattr(output, "logits", None)
-            if logits is None:
-                raise InputError(
-                    f"{lens.anatomy.model} has no logits: it has no language-model head. Load the "
-                    "model with its head to grade its answers."
-                )
-            at = own.reads.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])
-            return own.score(logits.gather(1, at), metric)
+            return own.score(output.logits, metric)
 
-        anatomy = lens.anatomy_for(part)
-        yield prompts, part, z_gradients(lens.model, anatomy, part.inputs, graded)
+        reads = ReadRows(anatomy, own.reads)
+        yield prompts, part, z_gradients(lens.model, anatomy, part.inputs, graded, None, [reads])
 
 
 def differentiable(task: Task, metric: str | None) -> tuple[str, tuple[str, ...]]:
@@ -260,6 +257,16 @@ def layer_norms(
         norm = importance[own].norm()
         norms[own] = norm if norm > 0 else 1.0
     return norms
+
+
+def _of_heads(trial: Trial, edits: Sequence[Edit]) -> Sequence[Edit]:
+    other = [edit for edit in edits if not isinstance(edit, HeadEdit)]
+    if other:
+        raise InputError(
+            f"Trial {trial.name!r} has no first-order effect by z: {other[0]} changes a stream. "
+            "Grade it exactly instead, in a sweep."
+        )
+    return edits
 
 
 def _products(

@@ -15,6 +15,7 @@ from attnlens.analyses.importance import Estimator, first_order_effects, gradien
 from attnlens.errors import InputError, TaskError
 from attnlens.hooks.edits import Edit, Patch, SteerStream
 from attnlens.lens import Lens
+from attnlens.sweeps.trials import Trial
 from attnlens.tasks import Task, repeated_tokens
 from tests.analyses.conftest import tiny_gpt2
 from tests.architectures import ARCHITECTURES
@@ -182,7 +183,7 @@ def test_inside_an_edit_it_is_the_edited_models(random_lens: Lens) -> None:
     assert found.importance[1] == 0
 
 
-def edits_of(lens: Lens, task: Task) -> list[Sequence[Edit]]:
+def trials_of(lens: Lens, task: Task) -> list[Sequence[Edit]]:
     means = lens.mean_z(task.corrupt_inputs())
     other = lens.run(task.corrupt_inputs(), keep=("v", "z"))
     return [
@@ -202,8 +203,9 @@ def test_with_a_linear_readout_first_order_effects_are_exact(
     linear_lens: Lens, batch_size: int
 ) -> None:
     task = ragged()
-    trials = edits_of(linear_lens, task)
-    found = first_order_effects(linear_lens, task, trials, batch_size=batch_size)
+    trials = trials_of(linear_lens, task)
+    named = [Trial(str(number), edits) for number, edits in enumerate(trials)]
+    found = first_order_effects(linear_lens, task, named, batch_size=batch_size)
     reads = task.reads
     clean = task.score(linear_lens.logits(task.clean_inputs(), reads))
     for number, edits in enumerate(trials):
@@ -213,22 +215,26 @@ def test_with_a_linear_readout_first_order_effects_are_exact(
         assert (edited - clean).abs().max() > 1e-4
 
 
+def zero(*heads: str) -> Trial:
+    return Trial(" ".join(heads), [al.Zero(head) for head in heads])
+
+
 def test_first_order_effects_add_up_and_halve(random_lens: Lens) -> None:
     task = ragged()
     signed = gradient_importance(random_lens, task).signed_by_prompt
     heads = [str(head) for head in random_lens.anatomy.heads]
-    zeros = first_order_effects(random_lens, task, [[al.Zero(head)] for head in heads])
+    zeros = first_order_effects(random_lens, task, [zero(head) for head in heads])
     assert torch.allclose(zeros, signed, atol=1e-12)
-    halves = first_order_effects(random_lens, task, [[al.Scale("L0H2", 0.5)]])
+    halves = first_order_effects(random_lens, task, [Trial("half", [al.Scale("L0H2", 0.5)])])
     assert torch.allclose(halves[0], signed[2] / 2, atol=1e-12)
-    pair = first_order_effects(random_lens, task, [[al.Zero("L0H1"), al.Zero("L2H3")]])
+    pair = first_order_effects(random_lens, task, [zero("L0H1", "L2H3")])
     assert torch.allclose(pair[0], signed[1] + signed[11], atol=1e-12)
 
 
 def test_an_edit_of_no_head_is_refused(random_lens: Lens) -> None:
     steer = SteerStream("L1", vectors={"L1": torch.zeros(32)})
-    with pytest.raises(InputError, match="edits no head's z"):
-        first_order_effects(random_lens, ragged(), [[steer]])
+    with pytest.raises(InputError, match=r"'push' .* changes a stream"):
+        first_order_effects(random_lens, ragged(), [Trial("push", [steer])])
 
 
 def test_bad_requests_are_named(random_lens: Lens) -> None:
