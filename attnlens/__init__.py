@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from attnlens.analyses.ablation_pairs import ablate_pairs
     from attnlens.analyses.ablation_positions import ablate_positions
     from attnlens.analyses.alignment import property_alignment
+    from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.edit_effects import try_edits
+    from attnlens.analyses.contrast_decoding import ContrastiveHeads, contrast_decode
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.layer_similarity import layer_similarity
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
+    from attnlens.analyses.screening import ablate_screened
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
     from attnlens.analyses.vision import visual_sinks
@@ -73,6 +76,7 @@ _HOMES = {
     "ArgMax": "attnlens.hooks.reducers",
     "Bias": "attnlens.hooks.edits",
     "ColumnMass": "attnlens.hooks.reducers",
+    "ContrastiveHeads": "attnlens.analyses.contrast_decoding",
     "DocumentPrompt": "attnlens.analyses.basin",
     "Drop": "attnlens.hooks.edits",
     "DuplicateMass": "attnlens.hooks.reducers",
@@ -105,9 +109,12 @@ _HOMES = {
     "ablate_layers": "attnlens.analyses.ablation_groups",
     "ablate_pairs": "attnlens.analyses.ablation_pairs",
     "ablate_positions": "attnlens.analyses.ablation_positions",
+    "ablate_screened": "attnlens.analyses.screening",
     "ablate_together": "attnlens.analyses.ablation_groups",
     "attention_basin": "attnlens.analyses.basin",
+    "attention_influence": "attnlens.analyses.attention_influence",
     "attention_probe": "attnlens.analyses.attention_probe",
+    "contrast_decode": "attnlens.analyses.contrast_decoding",
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
@@ -144,6 +151,7 @@ __all__ = [
     "ArgMax",
     "Bias",
     "ColumnMass",
+    "ContrastiveHeads",
     "DocumentPrompt",
     "Drop",
     "DuplicateMass",
@@ -177,10 +185,13 @@ __all__ = [
     "ablate_layers",
     "ablate_pairs",
     "ablate_positions",
+    "ablate_screened",
     "ablate_together",
     "analyses",
     "attention_basin",
+    "attention_influence",
     "attention_probe",
+    "contrast_decode",
     "edits_from_json",
     "edits_to_json",
     "errors",

@@ -20,21 +20,22 @@ Runs = Mapping[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Claim:
-    """One measured figure beside its target; `value` at most `target` is ok."""
+    """One measured figure beside its target: at most that, or `at_least`."""
 
     name: str
     value: float
     target: float
+    at_least: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.value <= self.target
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
 
 def print_claims(claims: Sequence[Claim], as_json: bool) -> None:
     """The claims as a table, and as the last line in JSON where asked."""
     for claim in claims:
-        verdict = "ok" if claim.ok else "over"
+        verdict = "ok" if claim.ok else "under" if claim.at_least else "over"
         print(f"{claim.name:62s}{claim.value:10.3f}  target {claim.target:<8g}{verdict}")
     if as_json:
         print(json.dumps({"claims": [asdict(claim) | {"ok": claim.ok} for claim in claims]}))
