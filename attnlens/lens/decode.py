@@ -66,8 +66,8 @@ class Decoder:
         self, batch: Batch, steps: int, observers: Sequence[Observer], stop: Collection[int]
     ) -> Decoded:
         """Write up to `steps` tokens after each prompt; see `Lens.decode`."""
-        prompts = self._prompts(batch, steps)
-        ids, real = _at_the_right(prompts, batch.ids)
+        prompts = self.prompts(batch, steps)
+        ids, real = at_the_right(prompts, batch.ids)
         padded = not bool(real.all())
         cache = _whole_cache(self.model)
         length = ids.shape[1]
@@ -87,7 +87,7 @@ class Decoder:
                     ended |= torch.isin(token[:, 0], ends)
                     real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
                     whole.keys += 1
-        answers = [_until(row, stop) for row in written.tolist()]
+        answers = [until(row, stop) for row in written.tolist()]
         return Decoded(
             tuple(tuple(prompt) for prompt in prompts),
             tuple(tuple(answer) for answer in answers),
@@ -96,9 +96,9 @@ class Decoder:
             written.shape[1],
         )
 
-    def _prompts(self, batch: Batch, steps: int) -> list[list[int]]:
+    def prompts(self, batch: Batch, steps: int) -> list[list[int]]:
         """Ids of each prompt without padding; raises where the model cannot write on from them."""
-        self._check_model()
+        self.check_model()
         more = sorted(set(batch.inputs) - _READ)
         if batch.ids is None or more:
             raise InputError(
@@ -118,7 +118,7 @@ class Decoder:
             )
         return prompts
 
-    def _check_model(self) -> None:
+    def check_model(self) -> None:
         """Raise UnsupportedModelError for a model that does not decode over a common cache."""
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -204,7 +204,7 @@ def _whole_cache(model: nn.Module) -> DynamicCache:
     return cache
 
 
-def _at_the_right(
+def at_the_right(
     prompts: Sequence[Sequence[int]], like: Tensor | None
 ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
     """Prompts padded on the left, so that all end at one place, and which positions are real."""
@@ -218,6 +218,6 @@ def _at_the_right(
     return ids, real
 
 
-def _until(row: list[int], stop: Collection[int]) -> list[int]:
+def until(row: list[int], stop: Collection[int]) -> list[int]:
     """The ids before the first that ends an answer."""
     return next((row[:place] for place, token in enumerate(row) if token in stop), row)
