@@ -23,6 +23,8 @@ _FAMILIES = {
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
     "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
     "attnlens.analyses.ablation.Ablation": "attnlens.views.ranking",
+    "attnlens.analyses.importance.GradientImportance": "attnlens.views.importance",
+    "attnlens.analyses.pruning.Pruning": "attnlens.views.importance",
     "attnlens.analyses.retrieval.RetrievalHeads": "attnlens.views.retrieval",
     "attnlens.analyses.query_focused.QueryFocusedHeads": "attnlens.views.retrieval",
     "attnlens.analyses.head_similarity.HeadSimilarity": "attnlens.views.similarity",
@@ -38,6 +40,8 @@ _FAMILIES = {
     "attnlens.analyses.syntax.SyntaxHeads": "attnlens.views.syntax",
     "attnlens.analyses.attention_probe.AttentionProbe": "attnlens.views.syntax",
     "attnlens.analyses.alignment.PropertyAlignment": "attnlens.views.syntax",
+    "attnlens.analyses.attention_influence.AttentionInfluence": "attnlens.views.influence",
+    "attnlens.analyses.contrast_decoding.Contrast": "attnlens.views.influence",
 }
 
 
