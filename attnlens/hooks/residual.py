@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,13 @@ Look = Callable[[Stream, Tensor], Tensor | None]
 """(stream, its tensor) -> another to go on with, or None to leave it."""
 
 
-class Entering:
+class Passing:
     """Handle of hooks that show streams to `look` as they enter their blocks.
 
-    Calls of a block that layers share are counted anew in each forward pass of the model. Passes of
-    other threads are left alone. With `strict`, a pass in which a stream does not enter its block
-    raises SeamError: a module may attend twice in one block, and then its sites have one stream.
+    With `mlps`, the module that each block's MLP ends with, what these return is shown instead.
+    Runs of a block that layers share are counted anew in each forward pass of the model. Passes of
+    other threads are left alone. With `strict`, a pass in which a stream does not come raises
+    SeamError: a module may attend twice in one run of its block, and then its sites share a stream.
     """
 
     def __init__(
@@ -88,19 +89,23 @@ class Entering:
         anatomy: Anatomy,
         streams: Sequence[Stream],
         look: Look,
+        mlps: Mapping[str, str] | None = None,
         strict: bool = False,
     ) -> None:
         self._look = look
         self._thread = threading.get_ident()
-        self._calls: Counter[str] = Counter()
+        self._runs: Counter[str] = Counter()
         self._handles: list[Handle] = [model.register_forward_pre_hook(self._count_anew)]
         wanted = {(s.site.block, s.site.call): s for s in streams if not s.final}
         for block in dict.fromkeys(block for block, _ in wanted if block is not None):
             calls = dict.fromkeys(site.call for site in anatomy.sites if site.block == block)
             own = [wanted.get((block, call)) for call in calls]
-            module = model.get_submodule(block)
-            handle = module.register_forward_pre_hook(self._hook(block, own), with_kwargs=True)
-            self._handles.append(handle)
+            module = model.get_submodule(block if mlps is None else mlps[block])
+            if mlps is None:
+                hook = self._entering(block, own)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles += self._leaving(model.get_submodule(block), module, block, own)
             if strict:
                 self._handles.append(model.register_forward_hook(self._check(block, own)))
 
@@ -109,36 +114,64 @@ class Entering:
         for handle in self._handles:
             handle.remove()
 
+    def _here(self) -> bool:
+        return threading.get_ident() == self._thread
+
     def _count_anew(self, *_: object) -> None:
-        if threading.get_ident() == self._thread:
-            self._calls.clear()
+        if self._here():
+            self._runs.clear()
 
-    def _check(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            ran = self._calls[block]
-            silent = [stream.name for stream in streams[ran:] if stream is not None]
-            if ran and silent and threading.get_ident() == self._thread:
-                raise SeamError(
-                    f"{silent[0]} has no residual stream of its own: its block {block} runs once "
-                    "and attends more often. Name the block's first site."
-                )
+    def _shown(self, block: str, streams: Sequence[Stream | None], tensor: Tensor) -> Tensor | None:
+        """What is to go on in the place of a tensor; None for the tensor itself."""
+        if not self._here():
+            return None
+        stream = streams[self._runs[block] % len(streams)]
+        self._runs[block] += 1
+        return None if stream is None else self._look(stream, tensor)
 
-        return hook
-
-    def _hook(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., Any]:
+    def _entering(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != self._thread:
-                return None
-            stream = streams[self._calls[block] % len(streams)]
-            self._calls[block] += 1
-            if stream is None:
-                return None
-            changed = self._look(stream, args[0] if args else kwargs["hidden_states"])
+            changed = self._shown(block, streams, args[0] if args else kwargs["hidden_states"])
             if changed is None:
                 return None
             if args:
                 return (changed, *args[1:]), kwargs
             return args, kwargs | {"hidden_states": changed}
+
+        return hook
+
+    def _leaving(
+        self, around: nn.Module, mlp: nn.Module, block: str, streams: Sequence[Stream | None]
+    ) -> list[Handle]:
+        shapes: list[torch.Size] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            shapes[:] = [(args[0] if args else kwargs["hidden_states"]).shape]
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            alone = isinstance(output, Tensor)
+            written: Tensor = output if alone else output[0]
+            # Some blocks fold prompts and positions into one axis before their MLP.
+            changed = self._shown(block, streams, written.reshape(*shapes[0][:-1], -1))
+            if changed is None:
+                return None
+            changed = changed.reshape(written.shape)
+            return changed if alone else (changed, *output[1:])
+
+        return [
+            around.register_forward_pre_hook(enter, with_kwargs=True),
+            mlp.register_forward_hook(leave),
+        ]
+
+    def _check(self, block: str, streams: Sequence[Stream | None]) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            runs = self._runs[block]
+            silent = [stream.name for stream in streams[runs:] if stream is not None]
+            if self._here() and runs and silent:
+                raise SeamError(
+                    f"{silent[0]} has no stream of its own: its block {block} runs once and "
+                    "attends more often. Name the block's first site."
+                )
 
         return hook
 
@@ -164,7 +197,7 @@ class Residual(Observer):
         """Hooks on the blocks of the streams, and on the model's end."""
         handles: list[Handle] = [
             model.register_forward_hook(self._end),
-            Entering(model, self._anatomy, self._streams, self._show),
+            Passing(model, self._anatomy, self._streams, self._show),
         ]
         for stream in self._streams:
             if stream.final and stream.site.block is not None:

@@ -285,7 +285,7 @@ def test_the_residual_stream_of_another_input_gives_its_outcome(name: str) -> No
 def test_sites_that_share_a_run_of_their_block_have_one_stream() -> None:
     at = subject("diffllama")
     edit = al.SteerStream("L1", vectors={"L1": torch.ones(32)})
-    with pytest.raises(SeamError, match="L1 has no residual stream of its own"), at.lens.edit(edit):
+    with pytest.raises(SeamError, match="L1 has no stream of its own"), at.lens.edit(edit):
         output(at.model, at.inputs)
 
 
@@ -339,3 +339,50 @@ def test_a_direction_is_added_to_each_block_once(name: str) -> None:
             found = output(at.model, at.inputs)
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+MLPS = {
+    "gpt2": "transformer.h.1.mlp",
+    "llama": "model.layers.1.mlp",
+    "gemma2": "model.layers.1.post_feedforward_layernorm",
+    "gpt_neox": "gpt_neox.layers.1.mlp",
+    "phi3": "model.layers.1.mlp",
+    "mixtral": "model.layers.1.mlp",
+    "gpt_oss": "model.layers.1.mlp",
+    "opt": "model.decoder.layers.1.fc2",
+    "bart": "model.decoder.layers.1.fc2",
+    "t5": "decoder.block.1.layer.2.DenseReluDense",
+    "vit": "layers.1.mlp",
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_the_mlp_of_another_input_is_what_a_hook_puts_there(name: str) -> None:
+    at = subject(name)
+    module = at.model.get_submodule(MLPS[name])
+    theirs: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, out: theirs.append(out))
+    output(at.model, at.other_inputs)
+    handle.remove()
+    handle = module.register_forward_hook(lambda *_: theirs[0])
+    wanted = output(at.model, at.inputs)
+    handle.remove()
+    kept = theirs[0] if isinstance(theirs[0], Tensor) else theirs[0][0]
+    assert not torch.equal(kept, torch.zeros_like(kept))
+    site = next(s for s in at.lens.anatomy.sites if s.block and MLPS[name].startswith(s.block))
+    values = {site.name: kept.reshape(*at.plain.calls[site.name].output.shape[:2], -1)}
+    with at.lens.edit(al.PatchStream(site.name, stream="mlp", values=values)):
+        found = output(at.model, at.inputs)
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+    assert not torch.equal(found[0], output(at.model, at.inputs)[0])
+
+
+def test_the_mlps_of_a_shared_block_are_told_apart() -> None:
+    at = subject("albert")
+    vectors = {site.name: torch.ones(32) for site in at.lens.anatomy.sites}
+    mine = at.lens.run(at.inputs, keep="residual").residual
+    with at.lens.edit(al.SteerStream("L1", stream="mlp", vectors=vectors)):
+        found = at.lens.run(at.inputs, keep="residual").residual
+    assert torch.equal(found["L1"], mine["L1"])
+    assert not torch.equal(found["L2"], mine["L2"])

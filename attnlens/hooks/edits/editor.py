@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, Head, Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.edits.base import Edit, HeadEdit, StreamEdit
-from attnlens.hooks.residual import Entering, Stream
+from attnlens.hooks.residual import Passing, Stream
 from attnlens.hooks.seam import Asked, Call
 from attnlens.hooks.session import Handle, Observer
 from attnlens.hooks.where import Running, Where
@@ -39,13 +37,15 @@ class Editor(Observer):
         self.running = Running()
         self.sites = frozenset(name for edit in edits for name in edit.sites(anatomy))
         self._anatomy = anatomy
-        self._find_mlps = find_mlps
         self._heads = [
             (edit, heads_by_site(anatomy.find(edit.heads)))
             for edit in edits
             if isinstance(edit, HeadEdit)
         ]
         self._streams = [edit for edit in edits if isinstance(edit, StreamEdit)]
+        # The model runs once to find them: before a session listens.
+        writes = any(edit.stream == "mlp" for edit in self._streams)
+        self._mlps = find_mlps() if writes and find_mlps is not None else {}
         self._numbers: dict[tuple[int, str], Tensor] = {}
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
@@ -101,34 +101,19 @@ class Editor(Observer):
                 f"{self._anatomy.model} has no block around {name}, so its {stream} cannot be "
                 "edited there."
             )
-        if stream == "residual":
-            return Entering(
-                model,
-                self._anatomy,
-                [Stream(site)],
-                lambda stream, tensor: change("residual", stream.site, tensor),
-                strict=True,
-            )
-        mlps = self._find_mlps() if self._find_mlps is not None else {}
-        if site.block not in mlps:
+        if stream == "mlp" and site.block not in self._mlps:
             raise UnsupportedModelError(
                 f"No MLP was found in {site.block} of {self._anatomy.model} whose output is added "
                 "to the residual stream; edit the stream that enters the next layer instead."
             )
-        return model.get_submodule(mlps[site.block]).register_forward_hook(_leaving(change, site))
-
-
-def _leaving(change: ChangeStream, site: Site) -> Callable[..., Any]:
-    thread = threading.get_ident()
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if threading.get_ident() != thread:
-            return None
-        if isinstance(output, Tensor):
-            return change("mlp", site, output)
-        return (change("mlp", site, output[0]), *output[1:])
-
-    return hook
+        return Passing(
+            model,
+            self._anatomy,
+            [Stream(site)],
+            lambda _, tensor: change(stream, site, tensor),
+            self._mlps if stream == "mlp" else None,
+            strict=True,
+        )
 
 
 def heads_by_site(heads: Sequence[Head]) -> dict[str, list[int]]:
