@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Ran:
     """Shape of the stream that entered it."""
     value: Any
     """The whole return value; its first tensor is a copy."""
+    passed: bool = False
+    """Whether the next block of its list took the stream as it was, and nobody else kept it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Record(Observer):
         missing = [site.name for site in self._asked if site.name not in self._attention]
         if missing:
             raise SeamError(f"No forward was recorded that attends at {', '.join(missing)}.")
-        return Recording(self._anatomy.model, tuple(self._ran), self._attention, self._reason())
+        ran = tuple(replace(run, passed=run.name in self._passed) for run in self._ran)
+        return Recording(self._anatomy.model, ran, self._attention, self._reason())
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on blocks, on attention modules, and on their projections."""
@@ -180,6 +184,8 @@ class Record(Observer):
         self._weights: list[Tensor | None] = []
         self._projected: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         self._attention: dict[str, Attended] = {}
+        self._left: dict[str, list[_Left]] = {}
+        self._passed: set[str] = set()
 
     def _tick(self) -> int:
         self._clock += 1
@@ -188,7 +194,9 @@ class Record(Observer):
     def _begin(self, name: str) -> Callable[..., None]:
         @of_this_thread
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._open.append((name, self._tick(), _entered(args, kwargs)))
+            entering = _entering(args, kwargs)
+            self._pass(_list_of(name), entering)
+            self._open.append((name, self._tick(), None if entering is None else entering.shape))
 
         return hook
 
@@ -199,12 +207,21 @@ class Record(Observer):
             assert own == name
             run = Ran(name, began, self._tick(), entered, self._copied(output))
             self._ran.append(run)
+            self._left.setdefault(_list_of(name), []).append(_Left(name, first_tensor(output)))
             for site in self._asked:
                 if site.module == name and site.name in self._calls:
                     self._attention.setdefault(site.name, self._attended(site, run))
             self._weights.clear()
 
         return hook
+
+    def _pass(self, blocks: str, entering: Tensor | None) -> None:
+        """Tell, when a block begins, what became of the streams that the two before it left."""
+        left = self._left.get(blocks, [])
+        if left:
+            left[-1].taken = left[-1].is_still(entering)
+        if len(left) > 1 and left[-2].taken and left[-2].stream() is None:
+            self._passed.add(left[-2].name)
 
     def _project(self, name: str) -> Callable[..., None]:
         @of_this_thread
@@ -299,8 +316,12 @@ class Restart(Observer):
         return handles
 
     def _returning(self, run: Ran) -> Callable[..., Any]:
+        later = [r for r in self._skipped if r.began > run.ended]
+        unread = run.passed and any(_list_of(r.name) == _list_of(run.name) for r in later)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            entered = _entered(args, kwargs)
+            entering = _entering(args, kwargs)
+            entered = None if entering is None else entering.shape
             wide = run.entered and (self._times * run.entered[0], *run.entered[1:])
             if entered != wide:
                 raise SeamError(
@@ -308,7 +329,7 @@ class Restart(Observer):
                     f"recorded batch have {wide}: restart with copies of the batch recorded."
                 )
             self._reached.add(run.name)
-            return put(run.value, widened(run.value, self._times, self._wide))
+            return put(run.value, widened(run.value, self._times, self._wide, unread))
 
         return forward
 
@@ -323,6 +344,22 @@ class Restart(Observer):
                 f"The model did not run {', '.join(missed)} in this forward, as it did in the "
                 "recorded one: give it the recorded inputs."
             )
+
+
+class _Left:
+    """A stream as a block left it, held only as long as the model holds it."""
+
+    def __init__(self, name: str, stream: Tensor) -> None:
+        self.name = name
+        self.stream = ref(stream)
+        self.taken = False
+        self._version = 0 if stream.is_inference() else stream._version
+
+    def is_still(self, tensor: Tensor | None) -> bool:
+        """Whether this is the stream, and nobody has written to it."""
+        if tensor is None or tensor is not self.stream() or tensor.is_inference():
+            return False
+        return tensor._version == self._version
 
 
 _PARTS = ("query", "key", "value", "output")
@@ -348,7 +385,10 @@ def block_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _entered(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Shape of the first tensor that a module is given."""
-    given = next((part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)), None)
-    return None if given is None else tuple(given.shape)
+def _entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a module is given."""
+    return next((part for part in (*args, *kwargs.values()) if isinstance(part, Tensor)), None)
+
+
+def _list_of(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -40,18 +40,26 @@ def _filled(value: Any, tensors: Iterator[Tensor | None]) -> Any:
     return value
 
 
-def widened(value: Any, times: int, wide: dict[int, Tensor] | None = None) -> list[Tensor]:
+def widened(
+    value: Any, times: int, wide: dict[int, Tensor] | None = None, unread: bool = False
+) -> list[Tensor]:
     """The tensors of a value for `times` copies; those with one row for all prompts stay.
 
-    `wide` holds what blocks pass along unchanged (a position bias), so that it is copied once.
+    `wide` holds what blocks pass along unchanged (a position bias), so that it is copied once. Of a
+    stream that is `unread` only the shape matters: it is not copied.
     """
     first, *others = tensors_of(value)
     wide = {} if wide is None else wide
     for tensor in others:
         if id(tensor) not in wide:
-            repeated = tensor.shape and tensor.shape[0] == first.shape[0] != 1 and times > 1
-            wide[id(tensor)] = _repeated(tensor, times) if repeated else tensor
-    return [_repeated(first, times), *(wide[id(tensor)] for tensor in others)]
+            repeats = tensor.shape and tensor.shape[0] == first.shape[0] != 1 and times > 1
+            wide[id(tensor)] = _repeated(tensor, times) if repeats else tensor
+    stream = (
+        first[:1].expand(times * first.shape[0], *first.shape[1:])
+        if unread
+        else _repeated(first, times)
+    )
+    return [stream, *(wide[id(tensor)] for tensor in others)]
 
 
 def without_graph(tensor: Tensor) -> Tensor:

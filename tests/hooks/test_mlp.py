@@ -124,6 +124,23 @@ def test_a_vector_on_its_output_is_one_on_the_stream(name: str) -> None:
     assert torch.allclose(left[1] - left[0], vector.expand_as(left[0]), atol=1e-12)
 
 
+def test_of_layers_that_share_an_mlp_no_rows_can_be_computed_alone() -> None:
+    model: Any = ARCHITECTURES["llama"].build()
+    model.model.layers[1] = model.model.layers[0]
+    inputs = ARCHITECTURES["llama"].inputs(model)
+    found = find_mlps(model, examine(model, inputs), inputs)
+    assert found == {"model.layers.0": Mlp("model.layers.0.mlp", None)}
+
+
+def test_what_attention_adds_is_not_taken_for_a_silent_mlp() -> None:
+    model: Any = ARCHITECTURES["bert"].build()
+    for weight in model.bert.encoder.layer[1].output.dense.parameters():
+        nn.init.zeros_(weight)
+    inputs = ARCHITECTURES["bert"].inputs(model)
+    found = find_mlps(model, examine(model, inputs), inputs)
+    assert list(found) == ["bert.encoder.layer.0"]
+
+
 def test_nothing_stays_on_a_model_that_fails() -> None:
     model, inputs, anatomy = opened("gpt2")
 

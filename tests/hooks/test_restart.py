@@ -327,6 +327,35 @@ def test_a_recording_is_read_and_not_written() -> None:
     assert all(torch.equal(a, b) for a, b in zip(values, after, strict=True))
 
 
+def test_streams_that_are_written_to_later_are_kept_as_they_were() -> None:
+    subject = Model("llama")
+
+    def write(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[0].add_(1.0)
+
+    subject.model.model.layers[1].register_forward_pre_hook(write)
+    subject.recording = subject.record()
+    assert_same(subject.run(Restart(subject.recording, subject.anatomy["L1"])), subject.run())
+
+
+def test_streams_that_others_read_are_told_from_those_only_passed_on() -> None:
+    """Of the latter copies are shapes alone, so that a tower's states that are read must not be."""
+    passed = {run.name for run in opened("gpt2").recording.ran if run.passed}
+    assert passed == {"transformer.h.0"}  # that the last two are not read elsewhere is not known
+    kept: list[Any] = []
+    subject = Model("gpt2")
+    subject.model.transformer.h[0].register_forward_hook(lambda *call: kept.append(call[2]))
+    assert not any(run.passed for run in subject.record().ran)
+
+
+def test_z_is_refused_where_something_follows_the_projection() -> None:
+    subject = Model("llama")
+    attention = subject.model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda _, __, output: (output[0] * 0.5, *output[1:]))
+    recording = subject.record()
+    assert [recording.of(f"L{i}").takes_z for i in range(2)] == [False, True]
+
+
 def test_what_a_recording_holds_is_counted() -> None:
     subject = opened("llama")
     config = subject.model.config
