@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
-    from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.contrast_decoding import ContrastiveHeads, contrast_decode
+    from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
+    from attnlens.analyses.importance import first_order_effects, gradient_importance
     from attnlens.analyses.layer_similarity import layer_similarity
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.massive_qk import massive_qk
     from attnlens.analyses.profile import profile
+    from attnlens.analyses.pruning import heads_needed, prune_heads
     from attnlens.analyses.query_focused import QueryExample, query_focused_heads
     from attnlens.analyses.ranks import head_ranks
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
@@ -118,9 +120,12 @@ _HOMES = {
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
+    "first_order_effects": "attnlens.analyses.importance",
+    "gradient_importance": "attnlens.analyses.importance",
     "head_ranks": "attnlens.analyses.ranks",
     "head_similarity": "attnlens.analyses.head_similarity",
     "head_types": "attnlens.analyses.head_types",
+    "heads_needed": "attnlens.analyses.pruning",
     "layer_similarity": "attnlens.analyses.layer_similarity",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
@@ -131,6 +136,7 @@ _HOMES = {
     "pack_documents": "attnlens.analyses.basin",
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
+    "prune_heads": "attnlens.analyses.pruning",
     "query_focused_heads": "attnlens.analyses.query_focused",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
@@ -196,10 +202,13 @@ __all__ = [
     "edits_to_json",
     "errors",
     "export_graph",
+    "first_order_effects",
+    "gradient_importance",
     "graphs",
     "head_ranks",
     "head_similarity",
     "head_types",
+    "heads_needed",
     "layer_similarity",
     "load",
     "load_graph",
@@ -210,6 +219,7 @@ __all__ = [
     "pack_documents",
     "profile",
     "property_alignment",
+    "prune_heads",
     "query_focused_heads",
     "retrieval_heads",
     "rhythm",
