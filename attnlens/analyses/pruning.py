@@ -179,7 +179,7 @@ def heads_needed(pruning: Pruning, share: float = 0.95) -> int:
     """The smallest number of heads on the curve that keeps `share` of the whole model's metric.
 
     That is M >= share * M(all heads), and for the loss, which is better when lower,
-    M <= M(all heads) / share.
+    M <= M(all heads) / share. A curve may fall below that on the way and rise again.
 
     Raises:
         InputError: a share outside 0 to 1, or a metric of the whole model that is not above 0.
