@@ -191,5 +191,6 @@ def _add_line(
             customdata=texts,
             hovertemplate="%{y:.3f}, %{x:.0%} kept<br>%{customdata}<extra></extra>",
             name=html.escape(name),
+            legendrank=1 if colour == INK else 2,
         )
     )
