@@ -277,7 +277,7 @@ def _runs(rows: Bool[Tensor, "batch row"] | None, length: int) -> list[slice | i
 
 
 def taken_at(
-    values: Tensor, axis: int, places: range, end: int, site: Site, what: str
+    values: Tensor, axis: int, places: range, end: int, decoding: bool, site: Site, what: str
 ) -> tuple[Tensor, Bool[Tensor, " place"] | None]:
     """Kept values at the places of rows or keys, and which places they cover (None for all).
 
@@ -290,7 +290,7 @@ def taken_at(
     """
     size = values.shape[axis]
     grows = site.kind == "self"
-    if size != end and not (grows and (size > end or places.start > 0)):
+    if size != end and not (grows and (size > end or decoding)):
         raise InputError(
             f"The {what} for {site.name} covers {size} positions and the input has {end}: the two "
             "prompts must have one length."

@@ -75,7 +75,8 @@ class Patch(_OfKind):
     `values` holds a tensor a site name as `lens.run(prompts, keep=kind)[kind]` gives it, with all
     heads: q and z `batch head query d`, k and v `batch group key d` (after rotary embedding),
     pattern `batch head query key`. A batch of one serves all prompts. `queries` chooses rows of q,
-    z and pattern, `keys` those of k and v.
+    z and pattern, `keys` those of k and v, and columns of pattern. A key that a row does not see
+    gets no weight, whatever the kept pattern says.
     """
 
     values: Mapping[str, Float[Tensor, "batch heads position last"]] = field(
@@ -102,12 +103,14 @@ class Patch(_OfKind):
 
     def _with_pattern(self, site: Site, call: Call, where: Where) -> Call:
         rows, covered = self._taken(site, where, call.query.shape[0])
-        weights, _ = taken_at(rows, 3, where.key_places, _keys_end(site, where), site, "pattern")
+        end = _keys_end(site, where)
+        weights, _ = taken_at(rows, 3, where.key_places, end, where.decoding, site, "pattern")
         weights = weights.to(call.output)
 
         def patched(pattern: Tensor, seen: Tensor | None, view: View) -> Tensor:
             own = weights if weights.shape[0] == 1 else weights[view.prompts]
             own, keys = own[:, view.heads, view.rows, view.keys], chosen_keys(where, view)
+            own = own if seen is None else own.masked_fill(~seen, 0)
             return own.expand_as(pattern) if keys is None else torch.where(keys, own, pattern)
 
         return with_pattern(site, call, _only(where, covered), patched)
@@ -118,7 +121,7 @@ class Patch(_OfKind):
         check_prompts(kept, batch, site, self.kind)
         places = where.key_places if of_keys else where.row_places
         end = _keys_end(site, where) if of_keys else where.row_places.stop
-        return taken_at(kept, 2, places, end, site, self.kind)
+        return taken_at(kept, 2, places, end, where.decoding, site, self.kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +177,7 @@ class PatchStream(StreamEdit):
         kept = at_site(self.values, site, self.stream)
         check_prompts(kept, stream.shape[0], site, self.stream)
         places = range(start, start + stream.shape[1])
-        taken, covered = taken_at(kept, 1, places, places.stop, site, self.stream)
+        taken, covered = taken_at(kept, 1, places, places.stop, start > 0, site, self.stream)
         rows = _both(rows, covered, stream.device)
         taken = taken.to(stream).expand_as(stream)
         return taken if rows is None else torch.where(rows[..., None], taken, stream)
