@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlens import analyses, errors, graphs, tasks, views, zoo
-    from attnlens.analyses.ablation import ablate, stored_ablation
+    from attnlens.analyses.ablation import ablate
     from attnlens.analyses.ablation_groups import ablate_groups, ablate_layers, ablate_together
     from attnlens.analyses.ablation_pairs import ablate_pairs
     from attnlens.analyses.ablation_positions import ablate_positions
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
     from attnlens.analyses.screening import ablate_screened
     from attnlens.analyses.sinks import SinkSettings, sinks
+    from attnlens.analyses.stored import stored_ablation
     from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
     from attnlens.analyses.vision import visual_sinks
     from attnlens.analyses.vision_heads import vision_aware_heads
@@ -145,7 +146,7 @@ _HOMES = {
     "rollout_graph": "attnlens.graphs.flow",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
-    "stored_ablation": "attnlens.analyses.ablation",
+    "stored_ablation": "attnlens.analyses.stored",
     "syntax_heads": "attnlens.analyses.syntax",
     "try_edits": "attnlens.analyses.edit_effects",
     "vision_aware_heads": "attnlens.analyses.vision_heads",

@@ -7,29 +7,25 @@ matched random heads of its layer. Michel et al. 2019, Are sixteen heads really 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnlens.analyses.asked import Asked, Facts
 from attnlens.analyses.per_head import head_frame
-from attnlens.analyses.uncertainty import bootstrap_mean
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.anatomy.sites import read_head
-from attnlens.errors import FileError
 from attnlens.lens import Inputs, Lens
 from attnlens.sweeps.modes import Ablator, Mode
 from attnlens.sweeps.run import Values, run_trials
-from attnlens.sweeps.store import Store
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
 
-__all__ = ["Ablation", "Mode", "ablate", "stored_ablation"]
+__all__ = ["Ablation", "Mode", "ablate"]
 
 
 @dataclass(frozen=True)
@@ -139,101 +135,43 @@ def ablate(
     draw = random.Random(seed)
     matched = tuple(_others(lens, head, controls, draw) for head in chosen)
     ablator = Ablator.of(lens, task, mode, reference)
-    wanted = list(dict.fromkeys([*chosen, *(head for group in matched for head in group)]))
-    trials = [ablator.trial([head]) for head in wanted]
-    asked = _Asked(
-        task.name, metric or task.metric, ablator.mode, chosen, matched, seed, resamples, confidence
+    trials = [ablator.trial([head]) for head in _wanted(chosen, matched)]
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    about = asked.facts(
+        "heads",
+        mode=str(ablator.mode),
+        heads=[str(head) for head in chosen],
+        controls=[[str(head) for head in group] for group in matched],
     )
-    about = asked.facts()
     values = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
-    return asked.result(values, wanted)
+    return heads_result(asked, about, values)
 
 
-def stored_ablation(folder: str | Path) -> Ablation:
-    """The ablation in a store, finished or not, read without the model.
-
-    Raises:
-        FileError: there is no store, or it holds another kind of sweep.
-
-    """
-    store = Store.open(folder)
-    values = Values.of(store.values(), store.notes)
-    facts = store.manifest.settings
-    if facts.get("kind") != "heads":
-        raise FileError(
-            f"{folder} holds a sweep of {facts.get('kind', 'edits')}, not of single heads: read "
-            "its table with sweeps.store.Store.open(folder).table()."
-        )
-    manifest = store.manifest
-    asked = _Asked(
-        manifest.task["name"],
-        manifest.task["metric"],
+def heads_result(asked: Asked, facts: Facts, found: Values) -> Ablation:
+    """The result of values, one row a head: the heads, then those that are controls alone."""
+    heads = tuple(map(read_head, facts["heads"]))
+    controls = tuple(tuple(map(read_head, group)) for group in facts["controls"])
+    values = dict(zip(_wanted(heads, controls), found.values, strict=True))
+    ablated = torch.stack([values[head] for head in heads])
+    lost = torch.full_like(found.clean, torch.nan)
+    beside = [
+        torch.stack([values[head] for head in group]).mean(0) if group else lost
+        for group in controls
+    ]
+    alone = [head for head, group in zip(heads, controls, strict=True) if not group]
+    return Ablation(
+        asked.task,
+        asked.metric,
         Mode(facts["mode"]),
-        tuple(map(read_head, facts["heads"])),
-        tuple(tuple(map(read_head, group)) for group in facts["controls"]),
-        manifest.seed,
-        int(facts["resamples"]),
-        float(facts["confidence"]),
+        heads,
+        found.clean,
+        ablated,
+        *asked.interval(ablated - found.clean),
+        *asked.interval(torch.stack(beside) - found.clean),
+        controls,
+        asked.seed,
+        (*found.notes, *ablation_notes(len(found.clean), alone)),
     )
-    found = asked.result(values, [read_head(name) for name in manifest.names])
-    left = int(values.values.isnan().sum() + values.clean.isnan().sum())
-    if left:
-        total = values.values.numel() + values.clean.numel()
-        note = f"Not finished: {left} of {total} values are missing; resume the sweep to get them."
-        found = replace(found, notes=(note, *found.notes))
-    return found
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What was asked for: enough to make the result from values, in the process or from a store."""
-
-    task: str
-    metric: str
-    mode: Mode
-    heads: tuple[Head, ...]
-    controls: tuple[tuple[Head, ...], ...]
-    seed: int
-    resamples: int
-    confidence: float
-
-    def facts(self) -> Mapping[str, Any]:
-        """What a store tells beside its trials."""
-        return {
-            "kind": "heads",
-            "mode": str(self.mode),
-            "heads": [str(head) for head in self.heads],
-            "controls": [[str(head) for head in group] for group in self.controls],
-            "resamples": self.resamples,
-            "confidence": self.confidence,
-        }
-
-    def result(self, found: Values, order: Sequence[Head]) -> Ablation:
-        """Effects with intervals, and those of the controls."""
-        change = dict(zip(order, found.values - found.clean, strict=True))
-        lost = torch.full_like(found.clean, torch.nan)
-        control = [
-            torch.stack([change[head] for head in group]).mean(0) if group else lost
-            for group in self.controls
-        ]
-        how = self.resamples, self.confidence, self.seed
-        effect = bootstrap_mean(torch.stack([change[head] for head in self.heads], 1), *how)
-        beside = bootstrap_mean(torch.stack(control, 1), *how)
-        values = dict(zip(order, found.values, strict=True))
-        alone = [head for head, group in zip(self.heads, self.controls, strict=True) if not group]
-        return Ablation(
-            self.task,
-            self.metric,
-            self.mode,
-            self.heads,
-            found.clean,
-            torch.stack([values[head] for head in self.heads]),
-            *effect,
-            *beside,
-            self.controls,
-            self.seed,
-            (*found.notes, *ablation_notes(len(found.clean), alone)),
-        )
 
 
 def ablation_notes(prompts: int, alone: Sequence[Head] = ()) -> tuple[str, ...]:
@@ -244,6 +182,11 @@ def ablation_notes(prompts: int, alone: Sequence[Head] = ()) -> tuple[str, ...]:
     if prompts < 2:
         notes.append("One prompt gives no interval over prompts; give several.")
     return tuple(notes)
+
+
+def _wanted(heads: Sequence[Head], controls: Sequence[Sequence[Head]]) -> list[Head]:
+    """Each head once."""
+    return list(dict.fromkeys([*heads, *(head for group in controls for head in group)]))
 
 
 def _others(lens: Lens, head: Head, count: int, draw: random.Random) -> tuple[Head, ...]:

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.ablation import ablation_notes
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.asked import Asked, Facts
 from attnlens.anatomy import Head, HeadSpec
+from attnlens.anatomy.sites import read_head
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
 from attnlens.sweeps.modes import Ablator, Mode
-from attnlens.sweeps.run import run_trials
+from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
 
@@ -74,7 +75,7 @@ class GroupAblation:
             {
                 "group": list(self.names),
                 "heads": [len(group) for group in self.groups],
-                "ablated": self.ablated.mean(1).tolist(),
+                "ablated": self.ablated.nanmean(1).tolist(),
                 "effect": self.effect.tolist(),
                 "effect_low": self.low.tolist(),
                 "effect_high": self.high.tolist(),
@@ -108,24 +109,36 @@ def ablate_together(
         ablator.trial(chosen, "set"),
         *(ablator.trial(group, f"control {i}") for i, group in enumerate(sets)),
     ]
-    about = {"kind": "a set", "mode": str(ablator.mode)}
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    about = asked.facts(
+        "a set",
+        mode=str(ablator.mode),
+        heads=[str(head) for head in chosen],
+        controls=[[str(head) for head in group] for group in sets],
+        notes=list(notes),
+    )
     found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
+    return set_result(asked, about, found)
+
+
+def set_result(asked: Asked, facts: Facts, found: Values) -> SetAblation:
+    """The result of values: the set's, then one row a control."""
     change = found.values - found.clean
-    effect = bootstrap_mean(change[0], resamples, confidence, seed)
+    effect = asked.interval(change[0])
     return SetAblation(
-        task.name,
-        metric or task.metric,
-        ablator.mode,
-        chosen,
+        asked.task,
+        asked.metric,
+        Mode(facts["mode"]),
+        tuple(map(read_head, facts["heads"])),
         found.clean,
         found.values[0],
         float(effect.mean),
         float(effect.low),
         float(effect.high),
-        change[1:].mean(1),
-        sets,
-        seed,
-        (*notes, *found.notes, *ablation_notes(len(task))),
+        change[1:].nanmean(1),
+        tuple(tuple(map(read_head, group)) for group in facts["controls"]),
+        asked.seed,
+        (*facts["notes"], *found.notes, *ablation_notes(len(found.clean))),
     )
 
 
@@ -151,20 +164,30 @@ def ablate_groups(
     found_heads = {name: lens.anatomy.find(spec) for name, spec in groups.items()}
     ablator = Ablator.of(lens, task, mode, reference)
     trials = [ablator.trial(heads, name) for name, heads in found_heads.items()]
-    about = {"kind": "groups", "mode": str(ablator.mode)}
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    about = asked.facts(
+        "groups",
+        mode=str(ablator.mode),
+        groups={name: [str(head) for head in heads] for name, heads in found_heads.items()},
+    )
     found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
-    effect = bootstrap_mean((found.values - found.clean).T, resamples, confidence, seed)
+    return groups_result(asked, about, found)
+
+
+def groups_result(asked: Asked, facts: Facts, found: Values) -> GroupAblation:
+    """The result of values, one row a group."""
+    groups = facts["groups"]
     return GroupAblation(
-        task.name,
-        metric or task.metric,
-        ablator.mode,
-        tuple(found_heads),
-        tuple(found_heads.values()),
+        asked.task,
+        asked.metric,
+        Mode(facts["mode"]),
+        tuple(groups),
+        tuple(tuple(map(read_head, heads)) for heads in groups.values()),
         found.clean,
         found.values,
-        *effect,
-        seed,
-        (*found.notes, *ablation_notes(len(task))),
+        *asked.interval(found.values - found.clean),
+        asked.seed,
+        (*found.notes, *ablation_notes(len(found.clean))),
     )
 
 
@@ -174,13 +197,16 @@ def ablate_layers(
     layers: HeadSpec | int | None = None,
     mode: Mode | str = Mode.ZERO,
     metric: str | None = None,
+    seed: int = 0,
     sweep: SweepSettings | None = None,
     progress: Progress | None = None,
 ) -> GroupAblation:
     """Ablate all heads of each layer at once; see `ablate_groups`."""
     sites = lens.anatomy.layers(layers)
     groups = {site.name: site.name for site in sites}
-    return ablate_groups(lens, task, groups, mode, metric, sweep=sweep, progress=progress)
+    return ablate_groups(
+        lens, task, groups, mode, metric, seed=seed, sweep=sweep, progress=progress
+    )
 
 
 def _matched_sets(

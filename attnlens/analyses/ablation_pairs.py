@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.ablation import ablation_notes
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.asked import Asked, Facts
 from attnlens.anatomy import Head, HeadSpec
+from attnlens.anatomy.sites import read_head
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
 from attnlens.sweeps.modes import Ablator, Mode
-from attnlens.sweeps.run import run_trials
+from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
 
@@ -91,14 +92,22 @@ def ablate_pairs(
     pairs = list(combinations(range(len(chosen)), 2))
     trials = [ablator.trial([head]) for head in chosen]
     trials += [ablator.trial([chosen[i], chosen[j]]) for i, j in pairs]
-    about = {"kind": "pairs", "mode": str(ablator.mode)}
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    heads_named = [str(head) for head in chosen]
+    about = asked.facts("pairs", mode=str(ablator.mode), heads=heads_named)
     found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
+    return pairs_result(asked, about, found)
+
+
+def pairs_result(asked: Asked, facts: Facts, found: Values) -> PairAblation:
+    """The result of values: those of single heads, then those of pairs."""
+    heads = tuple(map(read_head, facts["heads"]))
+    count = len(heads)
     change = found.values - found.clean
-    one, other = torch.tensor(pairs).T
-    alone, both = change[: len(chosen)], change[len(chosen) :]
-    apart = bootstrap_mean((both - alone[one] - alone[other]).T, resamples, confidence, seed)
-    single = alone.mean(1)
-    count = len(chosen)
+    one, other = torch.tensor(list(combinations(range(count), 2))).T
+    alone, both = change[:count], change[count:]
+    apart = asked.interval(both - alone[one] - alone[other])
+    single = alone.nanmean(1)
 
     def square(values: Tensor, diagonal: Tensor) -> Tensor:
         full = torch.diag(diagonal)
@@ -107,16 +116,16 @@ def ablate_pairs(
 
     none = torch.zeros(count, dtype=torch.float64)
     return PairAblation(
-        task.name,
-        metric or task.metric,
-        ablator.mode,
-        chosen,
+        asked.task,
+        asked.metric,
+        Mode(facts["mode"]),
+        heads,
         found.clean,
         single,
-        square(both.mean(1), single),
+        square(both.nanmean(1), single),
         square(apart.mean, none),
         square(apart.low, none),
         square(apart.high, none),
-        seed,
-        (*found.notes, *ablation_notes(len(task))),
+        asked.seed,
+        (*found.notes, *ablation_notes(len(found.clean))),
     )

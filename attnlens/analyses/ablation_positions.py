@@ -10,12 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.ablation import ablation_notes
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.asked import Asked, Facts
 from attnlens.anatomy import Head, HeadSpec
+from attnlens.anatomy.sites import read_head
 from attnlens.errors import InputError
 from attnlens.lens import Inputs, Lens
 from attnlens.sweeps.modes import Ablator, Mode
-from attnlens.sweeps.run import run_trials
+from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
 
@@ -92,21 +93,34 @@ def ablate_positions(
         )
     ablator = Ablator.of(lens, task, mode, reference)
     trials = [ablator.trial([h], f"{h} at {p}", p) for h in chosen for p in where]
-    about = {"kind": "positions", "mode": str(ablator.mode)}
-    found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
-    ablated = found.values.unflatten(0, (len(chosen), len(where)))
-    change = (ablated - found.clean).movedim(2, 0)
     first = lens.token_texts(task.clean[0][task.mask[0]].tolist())
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    about = asked.facts(
+        "positions",
+        mode=str(ablator.mode),
+        heads=[str(head) for head in chosen],
+        positions=list(where),
+        tokens=[first[position] for position in where],
+    )
+    found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
+    return positions_result(asked, about, found)
+
+
+def positions_result(asked: Asked, facts: Facts, found: Values) -> PositionAblation:
+    """The result of values, one row a head and position."""
+    heads = tuple(map(read_head, facts["heads"]))
+    where = tuple(facts["positions"])
+    ablated = found.values.unflatten(0, (len(heads), len(where)))
     return PositionAblation(
-        task.name,
-        metric or task.metric,
-        ablator.mode,
-        chosen,
+        asked.task,
+        asked.metric,
+        Mode(facts["mode"]),
+        heads,
         where,
-        tuple(first[p] for p in where),
+        tuple(facts["tokens"]),
         found.clean,
         ablated,
-        *bootstrap_mean(change, resamples, confidence, seed),
-        seed,
-        (*found.notes, *ablation_notes(len(task))),
+        *asked.interval(ablated - found.clean),
+        asked.seed,
+        (*found.notes, *ablation_notes(len(found.clean))),
     )

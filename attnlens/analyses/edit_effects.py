@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.ablation import ablation_notes
-from attnlens.analyses.uncertainty import bootstrap_mean
+from attnlens.analyses.asked import Asked, Facts
 from attnlens.errors import InputError
 from attnlens.hooks.edits import Edit
 from attnlens.lens import Lens
-from attnlens.sweeps.run import run_trials
+from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.sweeps.trials import Trial
 from attnlens.tasks import Task
@@ -50,7 +50,7 @@ class EditEffects:
             {
                 "name": list(self.names),
                 "edits": list(self.edits),
-                "edited": self.edited.mean(1).tolist(),
+                "edited": self.edited.nanmean(1).tolist(),
                 "effect": self.effect.tolist(),
                 "effect_low": self.low.tolist(),
                 "effect_high": self.high.tolist(),
@@ -83,16 +83,23 @@ def try_edits(
         name: (given,) if isinstance(given, Edit) else tuple(given) for name, given in edits.items()
     }
     trials = [Trial(name, own) for name, own in lists.items()]
-    found = run_trials(lens, task, trials, metric, sweep, seed, {"kind": "edits"}, progress)
-    effect = bootstrap_mean((found.values - found.clean).T, resamples, confidence, seed)
+    asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
+    texts = {name: "; ".join(map(str, own)) for name, own in lists.items()}
+    about = asked.facts("edits", edits=texts)
+    found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
+    return edits_result(asked, about, found)
+
+
+def edits_result(asked: Asked, facts: Facts, found: Values) -> EditEffects:
+    """The result of values, one row a list of edits."""
     return EditEffects(
-        task.name,
-        metric or task.metric,
-        tuple(lists),
-        tuple("; ".join(map(str, own)) for own in lists.values()),
+        asked.task,
+        asked.metric,
+        tuple(facts["edits"]),
+        tuple(facts["edits"].values()),
         found.clean,
         found.values,
-        *effect,
-        seed,
-        (*found.notes, *ablation_notes(len(task))),
+        *asked.interval(found.values - found.clean),
+        asked.seed,
+        (*found.notes, *ablation_notes(len(found.clean))),
     )
