@@ -57,6 +57,7 @@ def z_gradients(
 
     Raises:
         InputError: a metric without a gradient, or with one that is not finite.
+        SeamError: a site did not run.
         UnsupportedModelError: a part of the model runs without gradients.
 
     """
@@ -66,9 +67,11 @@ def z_gradients(
         torch.inference_mode(False),
         torch.enable_grad(),
         evaluating(model),
-        Session(model, anatomy, [graph, *observers]),
+        Session(model, anatomy, [graph, *observers]) as session,
     ):
-        value = metric(model(**_usable(model, inputs))).sum()
+        output = model(**_usable(model, inputs))
+        session.check_fired()
+        value = metric(output).sum()
         if not value.requires_grad:
             raise InputError(
                 "The metric has no gradient: it does not depend on any head's output by "

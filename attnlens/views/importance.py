@@ -169,6 +169,7 @@ def _add_band(
         go.Scatter(
             x=outline,
             y=band,
+            mode="lines",
             fill="toself",
             fillcolor=colour,
             line={"width": 0},

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnlens as al
-from attnlens.errors import InputError, UnsupportedModelError
+from attnlens.errors import InputError, SeamError, UnsupportedModelError
 from attnlens.hooks import seam
 from attnlens.hooks.gradients import z_gradients
 from attnlens.hooks.probe import output_tensors
@@ -285,6 +285,13 @@ def test_what_has_no_gradient_is_refused(lens: Lens) -> None:
     cut.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
     with pytest.raises(UnsupportedModelError, match="No gradient comes back to L0"):
         gradients(al.load(cut))
+
+
+def test_a_site_that_does_not_run_is_told() -> None:
+    lens = al.load(llama())
+    lens.model.config.num_hidden_layers = 1
+    with pytest.raises(SeamError, match="No attention call was seen at L1"):
+        gradients(lens)
 
 
 # fmt: off
