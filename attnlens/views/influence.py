@@ -110,7 +110,7 @@ def show_contrast(result: Contrast, prompt: int = 0) -> go.Figure:
         )
     changed = [s for s in places if int(result.likeliest[prompt, s]) != result.answers[prompt][s]]
     for step in changed:
-        figure.add_vrect(step - 0.5, step + 0.5, fillcolor="#e8dcc0", opacity=0.5, line_width=0)
+        figure.add_vrect(step - 0.5, step + 0.5, fillcolor="#f2ecdc", line_width=0, layer="below")
     styled(figure, f"Contrast with {_named(result)}: {len(changed)} tokens changed (shaded)", 460)
     labels = [token_label(token) for token in tokens]
     figure.update_xaxes(tickvals=places, ticktext=labels, title="written token", showgrid=False)

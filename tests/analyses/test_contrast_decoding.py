@@ -225,6 +225,24 @@ def test_nothing_is_left_on_the_model_after_an_error() -> None:
     assert written(lens, inputs, processor).sequences.equal(wanted)
 
 
+def test_a_step_that_broke_off_can_be_taken_again() -> None:
+    lens = al.load(tiny_gpt2())
+    ids = torch.randint(3, 40, (2, 8), generator=torch.Generator().manual_seed(6))
+    scores = torch.zeros(2, 40, dtype=torch.float64)
+    processor = ContrastiveHeads(lens, "L1H2", alpha=1.0)
+    processor(ids[:, :7], scores)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stop")
+
+    hook = lens.model.get_submodule("lm_head").register_forward_hook(fail)  # caches are filled
+    with pytest.raises(RuntimeError, match="stop"):
+        processor(ids, scores)
+    hook.remove()
+    wanted = ContrastiveHeads(lens, "L1H2", alpha=1.0)(ids, scores)
+    assert torch.allclose(processor(ids, scores), wanted, atol=1e-12)
+
+
 def test_what_cannot_be_decoded_is_refused() -> None:
     lens = trained()
     with pytest.raises(InputError, match="No head"):
