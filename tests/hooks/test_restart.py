@@ -348,6 +348,16 @@ def test_streams_that_others_read_are_told_from_those_only_passed_on() -> None:
     assert not any(run.passed for run in subject.record().ran)
 
 
+def test_states_that_the_model_returns_are_copied_in_full() -> None:
+    subject = Model("gpt2")
+    subject.inputs["output_hidden_states"] = True
+    subject.recording = subject.record()
+    site = subject.anatomy["L2"]
+    z = subject.zeroed(site, [0, 1])
+    found = subject.run(Restart(subject.recording, site, 2, z), times=2)
+    assert_same(found, subject.run(Put(site, z), times=2))
+
+
 def test_z_is_refused_where_something_follows_the_projection() -> None:
     subject = Model("llama")
     attention = subject.model.model.layers[0].self_attn
