@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,4 +66,6 @@ def positions_text(positions: Positions) -> str:
         return f"of a mask {list(positions.shape)}"
     if callable(positions) and not isinstance(positions, Tensor):
         return f"of {getattr(positions, '__name__', 'a function')}"
-    return str(positions.tolist() if isinstance(positions, Tensor) else positions)
+    if isinstance(positions, Tensor):
+        return str(positions.tolist())
+    return str(list(positions) if isinstance(positions, Sequence) else positions)
