@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         TokenMass,
     )
     from attnlens.lens import Lens, load
+    from attnlens.lens.frozen import frozen
     from attnlens.lens.sources import open_texts
     from attnlens.sweeps.sweep import SweepSettings
     from attnlens.views import show
@@ -122,6 +123,7 @@ _HOMES = {
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
     "first_order_effects": "attnlens.analyses.importance",
+    "frozen": "attnlens.lens.frozen",
     "gradient_importance": "attnlens.analyses.importance",
     "head_ranks": "attnlens.analyses.ranks",
     "head_similarity": "attnlens.analyses.head_similarity",
@@ -204,6 +206,7 @@ __all__ = [
     "errors",
     "export_graph",
     "first_order_effects",
+    "frozen",
     "gradient_importance",
     "graphs",
     "head_ranks",
