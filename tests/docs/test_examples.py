@@ -16,7 +16,7 @@ def code(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/head-profiles.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/head-profiles.md", "docs/edits.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
