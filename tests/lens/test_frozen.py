@@ -102,7 +102,7 @@ def test_later_patterns_are_the_clean_ones_and_padding_is_no_matter() -> None:
     assert [str(edit) for edit in edits] == [
         "Zero of L0",
         "Patch q of L1",
-        "Patch k of L1 and all heads that share it",
+        "Patch k of L1",
     ]
     with lens.edit(*edits):
         held = lens.run(batch, keep="pattern").pattern

@@ -33,7 +33,7 @@ class MeanZ(Observer):
             sums = z.sum(0)
             counts = torch.full((z.shape[1],), z.shape[0], device=z.device)
         else:
-            sums, counts = _by_position(z, real)
+            sums, counts = _by_position(z, real.to(z.device))
         self.sums[site.name] = add_longer(self.sums.get(site.name), sums)
         self.counts[site.name] = add_longer(self.counts.get(site.name), counts)
         return call

@@ -61,9 +61,8 @@ class _OfKind(HeadEdit):
         return tuple(found)
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if self.kind in ("k", "v"):
-            named = spec_text(self.heads)
+        text, named = super().__str__(), spec_text(self.heads)
+        if self.kind in ("k", "v") and "H" in named:
             text = text.replace(f" of {named}", f" of {named} and all heads that share it", 1)
         return text
 
