@@ -12,6 +12,7 @@ from attnlens.tasks.indirect_object import indirect_object
 from attnlens.tasks.key_value import key_value
 from attnlens.tasks.metrics import accuracy, logit_difference, loss
 from attnlens.tasks.needle import needle
+from attnlens.tasks.plain_text import plain_text
 from attnlens.tasks.repeated import repeated_tokens
 from attnlens.tasks.task import Task, TaskModel
 
@@ -29,6 +30,7 @@ __all__ = [
     "logit_difference",
     "loss",
     "needle",
+    "plain_text",
     "read_conllu",
     "repeated_tokens",
     "secret_words",
