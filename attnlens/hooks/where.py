@@ -68,6 +68,7 @@ class Running:
 
     def __init__(self) -> None:
         self.cached = 0
+        self._first = 0
         self._inside = False
         self._sides = Sides(Tokens())
         self._ids: dict[str, Tensor] = {}
@@ -132,8 +133,13 @@ class Running:
         places, batch = range(start, end), stream.shape[0]
         return self._choose(site, "query", queries, places, end, batch, stream.device), start
 
-    def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of what the model is given for the pass that begins."""
+    def begin(self, inputs: Mapping[str, Any], first: int = 0) -> None:
+        """Take note of what the model is given for the pass that begins.
+
+        `first` is the place of the first row where the pass reads the rest of these inputs only,
+        what is before being known: a prefill all the same.
+        """
+        self._first = first
         cache: Any = inputs.get("past_key_values")
         self.cached = int(cache.get_seq_length()) if cache is not None else 0
         self._sides = Sides.of(inputs)
@@ -152,9 +158,9 @@ class Running:
             self._ids[name] = now
 
     def _start(self, site: Site) -> int:
-        """Place of the first row of this pass: the length of the cache where the stack has one."""
+        """Place of the first row of this pass: how much is known where the stack has a cache."""
         alone = site.stack == "enc" or site.stack.startswith(("vision", "audio"))
-        return 0 if alone else self.cached
+        return 0 if alone else max(self.cached, self._first)
 
     def _name(self, site: Site, side: str) -> str | None:
         """Name of the input that rows or keys stand for; None where they are no tokens."""
@@ -188,7 +194,7 @@ class Running:
         name = self._name(site, side)
         key = id(positions), name, side, places, end, batch, device
         if key not in self._chosen:
-            mask = self._mask(name, positions, end, batch, self._start(site) > 0)
+            mask = self._mask(name, positions, end, batch, self._start(site) > self._first)
             if mask is not None:
                 missing = max(places.stop - end, 0)
                 mask = torch.nn.functional.pad(mask, (0, missing))[:, places.start : places.stop]

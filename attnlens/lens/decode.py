@@ -69,7 +69,7 @@ class Decoder:
         prompts = self.prompts(batch, steps)
         ids, real = at_the_right(prompts, batch.ids)
         padded = not bool(real.all())
-        cache = _whole_cache(self.model)
+        cache = whole_cache(self.model)
         length = ids.shape[1]
         written = ids.new_zeros(len(prompts), 0)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
@@ -193,7 +193,7 @@ def end_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset(number for number in ids if number is not None)
 
 
-def _whole_cache(model: nn.Module) -> DynamicCache:
+def whole_cache(model: nn.Module) -> DynamicCache:
     """A fresh cache that drops no key."""
     config: Any = model.config
     cache = DynamicCache(config=config)

@@ -239,6 +239,6 @@ def test_images_beside_the_text_are_refused() -> None:
 
 def test_a_cache_that_drops_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lens, ids = opened("mistral")
-    monkeypatch.setattr(decoding, "_whole_cache", lambda model: DynamicCache(config=model.config))
+    monkeypatch.setattr(decoding, "whole_cache", lambda model: DynamicCache(config=model.config))
     with pytest.raises(UnsupportedModelError, match="says nothing about its position"):
         lens.decode(ids, 2)
