@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlens.anatomy import Anatomy
@@ -32,7 +32,8 @@ class CleanRun:
     """Some prompts of a task as they run with nothing edited, recorded layer by layer.
 
     Attributes:
-        values: the metric of each prompt.
+        text: the prompts; `batch` is what the model is given of them.
+        first: position of the first row; keys and values of those before are known.
         logits: logits at the reads.
         recording: what each block returned; None where the model cannot be restarted.
 
@@ -41,7 +42,9 @@ class CleanRun:
     lens: Lens
     task: Task
     metric: str
+    text: Batch
     batch: Batch
+    first: int
     logits: Float[Tensor, "prompt read vocab"]
     recording: Recording | None
 
@@ -51,11 +54,25 @@ class CleanRun:
         width = int(task.mask.sum(1).max())
         ids, mask = task.clean[:, :width], task.mask[:, :width]
         batch = lens.encode({"input_ids": ids, "attention_mask": mask.long()})
-        if not restart:
-            return cls(lens, task, metric, batch, lens.logits_at(batch, task.reads), None)
-        record = Record(lens.anatomy_for(batch))
-        logits = lens.logits_at(batch, task.reads, record)
-        return cls(lens, task, metric, batch, logits, record.recording)
+        return cls.from_row(lens, task, metric, batch, batch, 0, restart)
+
+    @classmethod
+    def from_row(
+        cls,
+        lens: Lens,
+        task: Task,
+        metric: str,
+        text: Batch,
+        batch: Batch,
+        first: int,
+        restart: bool = True,
+    ) -> CleanRun:
+        """Run `batch`, the positions of `text` from `first` on."""
+        record = Record(lens.anatomy_for(batch)) if restart else None
+        observers = () if record is None else (record,)
+        logits = lens.logits_at(batch, task.reads - first, *observers)
+        recording = None if record is None else record.recording
+        return cls(lens, task, metric, text, batch, first, logits, recording)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -68,16 +85,27 @@ class CleanRun:
         return self.grade(self.logits)[0]
 
     @property
+    def width(self) -> int:
+        """Positions of the longest prompt."""
+        assert self.text.ids is not None
+        return self.text.ids.shape[1]
+
+    @property
     def tokens(self) -> int:
-        """Positions of the batch, padding counted."""
-        ids = self.batch.ids
-        assert ids is not None
-        return ids.numel()
+        """Positions that a trial runs, padding counted."""
+        return len(self.task) * (self.width - self.first)
+
+    @property
+    def reads(self) -> Int[Tensor, "prompt read"]:
+        """Rows of the batch that the metric reads."""
+        return self.task.reads - self.first
 
     def grade(self, logits: Float[Tensor, "row read vocab"]) -> Float[Tensor, "copy prompt"]:
-        """The metric of each copy of the prompts."""
+        """The metric of each copy of the prompts; NaN where a logit is."""
         copies = logits.unflatten(0, (-1, len(self.task)))
-        return torch.stack([self.task.score(own, self.metric).double().cpu() for own in copies])
+        values = torch.stack([self.task.score(own, self.metric).double() for own in copies])
+        # The largest of logits of which some are NaN is a token all the same.
+        return values.masked_fill(copies.isnan().flatten(2).any(2), torch.nan).cpu()
 
     def first_site(self, edits: Sequence[Edit]) -> str:
         """Name of the site that runs first of those that the edits change."""
@@ -93,19 +121,21 @@ class CleanRun:
         `site` is the first that any of them changes: what lies below is not run again, nor is its
         attention where edits of heads alone are asked of it.
         """
-        stack = Stack(self.anatomy, trials, self.batch.inputs, len(self.task), self.lens.mlp_names)
+        size, mlps = len(self.task), self.lens.mlp_names
+        stack = Stack(self.anatomy, trials, self.text.inputs, size, mlps, self.first)
         observers: list[Observer] = [stack]
         if self.recording is not None and site is not None:
             observers = [self._restart(stack, trials, site), *self._cut(trials), stack]
         batch = repeated(self.batch, len(trials))
-        reads = self.task.reads.repeat(len(trials), 1)
+        reads = self.reads.repeat(len(trials), 1)
         return self.grade(self.lens.logits_at(batch, reads, *observers))
 
     def _restart(self, stack: Stack, trials: Sequence[Sequence[Edit]], name: str) -> Restart:
         assert self.recording is not None
         site, z = self.anatomy[name], None
         streams = [e for edits in trials for e in edits if isinstance(e, StreamEdit)]
-        here = any(name in edit.sites(self.anatomy) for edit in streams)
+        entering = [edit for edit in streams if edit.stream == "residual"]
+        here = any(name in edit.sites(self.anatomy) for edit in entering)
         if not here and self.recording.of(name).takes_z:
             z = stack.z_at(site, self.recording.of(name).call)
         return Restart(self.recording, site, len(trials), z)
@@ -121,24 +151,32 @@ class CleanRun:
         try:
             own = self.recording.of(site.name)
             restart = Restart(self.recording, site, 1, own.call.output if own.takes_z else None)
-            again = self.lens.logits_at(self.batch, self.task.reads, restart, *self._cut([]))
+            again = self.lens.logits_at(self.batch, self.reads, restart, *self._cut([]))
         except UnsupportedModelError as error:
             return str(error)
         except (RuntimeError, ValueError, TypeError, SeamError) as error:
             return f"going on from {site.name} fails ({error})"
-        apart = float((again - self.logits).abs().max())
-        scale = float(self.logits.abs().max())
-        if apart > TOLERANCES.get(self.logits.dtype, 1e-2) * max(scale, 1.0):
-            return f"going on from {site.name} gives logits that differ by {apart:.2g}"
-        return None
+        apart = self.apart(again)
+        text = f"going on from {site.name} gives logits that differ by {apart:.2g}"
+        return text if apart else None
+
+    def apart(self, logits: Float[Tensor, "prompt read vocab"]) -> float:
+        """By how much other logits differ from the clean ones; 0 for what rounding explains."""
+        apart = float((logits - self.logits).abs().max())
+        scale = max(float(self.logits.abs().max()), 1.0)
+        return apart if not apart <= TOLERANCES.get(self.logits.dtype, 1e-2) * scale else 0.0
 
     def check_finite(self) -> None:
         """Raise InputError where the model gives no numbers on a prompt."""
         bad = (~self.values.isfinite()).nonzero()
         if len(bad):
+            padded = self.text.real is not None
+            ways = " Some models' own attention makes NaN of padding: try batch_size=1."
             raise InputError(
                 f"{self.anatomy.model} gives {float(self.values[bad[0, 0]])} for the {self.metric} "
-                f"of a prompt with nothing edited. Check its weights (lens.check()) and its dtype."
+                "of a prompt with nothing edited. Check its weights (lens.check()) and its dtype."
+                + ways
+                * padded
             )
 
     def _cut(self, trials: Sequence[Sequence[Edit]]) -> tuple[Observer, ...]:
@@ -148,4 +186,4 @@ class CleanRun:
         edited = any(isinstance(edit, StreamEdit) for edits in trials for edit in edits)
         if mlp is None or not mlp.whole or edited:
             return ()
-        return (OnlyRows(mlp, self.task.reads),)
+        return (OnlyRows(mlp, self.reads),)

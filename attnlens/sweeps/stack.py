@@ -20,7 +20,7 @@ from attnlens.hooks.session import Handle, Observer
 class Stack(Observer):
     """Observer that applies the edits of trial i to rows `[i * size, (i + 1) * size)` of a batch.
 
-    `inputs` are those of one copy, `size` its prompts.
+    `inputs` are those of one copy, `size` its prompts; rows begin at position `first`.
     """
 
     def __init__(
@@ -30,20 +30,20 @@ class Stack(Observer):
         inputs: Mapping[str, Any],
         size: int,
         find_mlps: FindMlps | None,
+        first: int = 0,
     ) -> None:
         self._copies = [slice(i * size, (i + 1) * size) for i in range(len(trials))]
         self._editors = [Editor(anatomy, edits, find_mlps) for edits in trials]
         for editor in self._editors:
-            editor.running.begin(inputs)
+            editor.running.begin(inputs, first)
         self.sites = frozenset[str]().union(*(editor.sites for editor in self._editors))
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hook the streams that some trial edits."""
-        places: dict[tuple[str, str], None] = {}
+        places: dict[tuple[str, str], Editor] = {}
         for editor in self._editors:
-            places |= dict.fromkeys(editor.stream_places)
-        first = self._editors[0]
-        return [first.hook_stream(model, *place, self._change) for place in places]
+            places |= dict.fromkeys(editor.stream_places, editor)
+        return [own.hook_stream(model, *place, self._change) for place, own in places.items()]
 
     def z_at(self, site: Site, clean: Call) -> Float[Tensor, "copies query head d_v"]:
         """z of a site in every copy, made from the clean run's call; the run may skip it."""

@@ -21,6 +21,7 @@ from attnlens.errors import BudgetError, InputError
 from attnlens.hooks.edits import Edit
 from attnlens.lens import Lens
 from attnlens.sweeps.clean_run import CleanRun
+from attnlens.sweeps.prefix import after_prefix, shared_positions
 from attnlens.sweeps.trials import Trial
 from attnlens.tasks import Task
 from attnlens.tasks.task import check_metric
@@ -34,6 +35,9 @@ Progress = Callable[[int, int], None]
 
 Take = Callable[[NDArray[np.int64], int, NDArray[np.float64]], None]
 """Takes values as they come: numbers of the prompts, number of the trial (-1 clean), values."""
+
+_Numbered = tuple[int, tuple[Edit, ...]]
+"""A trial's number, and its edits for the prompts whose turn it is."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Sweep:
         self.settings = settings or SweepSettings()
         self.notes: list[str] = []
         self._restart: bool | None = None if self.settings.restart else False
+        self._prefix = self.settings.restart
 
     def run(
         self, take: Take, done: NDArray[np.bool_] | None = None, progress: Progress | None = None
@@ -126,33 +131,57 @@ class Sweep:
         self, prompts: slice, missing: NDArray[np.bool_]
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """Values of each missing trial on some prompts; the clean run first."""
-        clean = CleanRun.of(
-            self.lens, self.task.subset(prompts), self.metric, self._restart is not False
-        )
-        clean.check_finite()
-        clean = self._settled(clean)
+        clean = self._clean(prompts)
         if missing[-1].any():
             yield -1, clean.values.numpy()
         wanted = [i for i in range(len(self.trials)) if missing[i].any()]
-        for site, group in self._by_site(clean, prompts, wanted):
-            for number, values in self._group(clean, site, group):
+        for run, site, group in self._groups(clean, prompts, wanted):
+            for number, values in self._group(run, site, group):
                 self._check(number, values)
                 yield number, values.numpy()
 
-    def _by_site(
+    def _clean(self, prompts: slice) -> CleanRun:
+        """The clean run of some prompts, recorded where this model can be restarted."""
+        part, record = self.task.subset(prompts), self._restart is not False
+        try:
+            clean = CleanRun.of(self.lens, part, self.metric, record)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise self._too_large(part) from error
+            raise
+        clean.check_finite()
+        return self._settled(clean)
+
+    def _groups(
         self, clean: CleanRun, prompts: slice, wanted: Sequence[int]
-    ) -> Iterator[tuple[str, list[tuple[int, tuple[Edit, ...]]]]]:
-        """Trials by the site that they change first, from below; edits are made as they are due."""
+    ) -> Iterator[tuple[CleanRun, str, list[_Numbered]]]:
+        """Trials by where they begin and by the site that they change first, from below.
+
+        Each group comes with the clean run on which it goes on; its edits are made as it is due.
+        """
         order = {site.name: i for i, site in enumerate(clean.anatomy.sites)}
-        sites: dict[str, list[int]] = {}
+        places: dict[tuple[int, int], list[int]] = {}
         for number in wanted:
-            edits = self.trials[number].of_prompts(self.lens, prompts)
-            sites.setdefault(clean.first_site(edits), []).append(number)
-        for site in sorted(sites, key=order.__getitem__):
-            yield site, [(n, self.trials[n].of_prompts(self.lens, prompts)) for n in sites[site]]
+            trial = self.trials[number]
+            edits = trial.of_prompts(self.lens, prompts, clean.width)
+            start = shared_positions(clean, trial.start) if self._prefix else 0
+            places.setdefault((start, order[clean.first_site(edits)]), []).append(number)
+        run = clean
+        for start, site in sorted(places):
+            if start != run.first:
+                run = self._after_prefix(clean, start)
+            numbers = places[start, site]
+            trials = [self.trials[n].of_prompts(self.lens, prompts, clean.width) for n in numbers]
+            yield run, clean.anatomy.sites[site].name, list(zip(numbers, trials, strict=True))
+
+    def _after_prefix(self, clean: CleanRun, start: int) -> CleanRun:
+        """The clean run from a position on; that of all positions where this model has none."""
+        found = after_prefix(clean, start) if self._prefix else None
+        self._prefix = found is not None
+        return found or clean
 
     def _group(
-        self, clean: CleanRun, site: str, group: Sequence[tuple[int, tuple[Edit, ...]]]
+        self, clean: CleanRun, site: str, group: Sequence[_Numbered]
     ) -> Iterator[tuple[int, Float[Tensor, " prompt"]]]:
         """Values of trials of one site, as many at a time as fit."""
         size = max(self.settings.tokens // clean.tokens, 1)
@@ -165,12 +194,10 @@ class Sweep:
                 if not out_of_memory(error):
                     raise
                 if len(taken) == 1:
-                    raise BudgetError(
-                        f"Memory does not suffice for {len(clean.task)} prompts of "
-                        f"{clean.tokens // len(clean.task)} tokens under one trial. Give a smaller "
-                        f"batch_size (it is {self.settings.batch_size}); what was done is kept."
-                    ) from error
-                size = max(len(taken) // 2, 1)
+                    raise self._too_large(clean.task) from error
+                values = None
+            if values is None:  # the error no longer holds on to what the forward had made
+                size = len(taken) // 2
                 self.settings = replace(self.settings, tokens=size * clean.tokens)
                 _give_back()
                 continue
@@ -183,8 +210,16 @@ class Sweep:
             problem = clean.check()
             self._restart = problem is None
             if problem is not None:
-                self.notes.append(f"Every run is a full forward: {problem}.")
+                self.notes.append(f"Every run is a full forward: {problem.rstrip('.')}.")
+        self._prefix = self._prefix and self._restart
         return clean if self._restart else replace(clean, recording=None)
+
+    def _too_large(self, part: Task) -> BudgetError:
+        return BudgetError(
+            f"Memory does not suffice for {len(part)} prompts of up to "
+            f"{int(part.mask.sum(1).max())} tokens under one trial. Give a smaller batch_size (it "
+            f"is {self.settings.batch_size}); what was done is kept."
+        )
 
     def _check(self, number: int, values: Tensor) -> None:
         if not bool(values.isfinite().all()):

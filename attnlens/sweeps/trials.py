@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from attnlens.errors import InputError
 from attnlens.hooks.edits import Edit
@@ -42,12 +45,12 @@ class Trial:
                 f"Trial {self.name!r} makes its edits later: say what they are, about=."
             )
 
-    def of_prompts(self, lens: Lens, prompts: slice) -> tuple[Edit, ...]:
-        """The edits for some prompts of the task."""
+    def of_prompts(self, lens: Lens, prompts: slice, width: int | None = None) -> tuple[Edit, ...]:
+        """The edits for some prompts of the task, whose padding from `width` on is cut off."""
         if callable(self.edits):
             found = tuple(self.edits(lens, prompts))
         else:
-            found = tuple(edit.of_prompts(prompts) for edit in self.edits)
+            found = tuple(_cut(edit.of_prompts(prompts), width) for edit in self.edits)
         if any(edit.phase == "decode" for edit in found):
             raise InputError(
                 f"Trial {self.name!r} edits the decode phase, and a task is graded without "
@@ -61,3 +64,25 @@ class Trial:
             return dict(self.about)
         assert not callable(self.edits)
         return [edit_to_dict(edit) for edit in self.edits]
+
+
+_Kind = TypeVar("_Kind", bound=Edit)
+
+
+def _cut(edit: _Kind, width: int | None) -> _Kind:
+    """The edit for prompts of `width` positions, out of one for longer ones."""
+    changed: dict[str, Any] = {}
+    for part in fields(edit):
+        value = getattr(edit, part.name)
+        if part.metadata.get("by_prompt"):
+            both = getattr(edit, "kind", None) == "pattern"
+            changed[part.name] = {name: _narrow(t, width, both) for name, t in value.items()}
+        elif part.name in ("queries", "keys") and isinstance(value, Tensor):
+            changed[part.name] = value[..., :width] if value.dtype == torch.bool else value
+    return replace(edit, **changed) if changed else edit
+
+
+def _narrow(tensor: Tensor, width: int | None, both: bool) -> Tensor:
+    """`batch heads position last` or `batch position last` cut; patterns at rows and keys."""
+    cut = tensor[..., :width, :]
+    return cut[..., :width] if both else cut
