@@ -35,7 +35,7 @@ from attnlens.analyses.words import (
 from attnlens.anatomy import Head, HeadSpec
 from attnlens.errors import BudgetError, InputError
 from attnlens.lens import Lens
-from attnlens.lens.lens import parse_bytes
+from attnlens.lens.asked import parse_bytes
 from attnlens.tasks import Sentence
 
 METHODS = ("attention probe", "best head", "best offset", "previous word")

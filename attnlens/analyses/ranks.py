@@ -21,7 +21,7 @@ from attnlens.anatomy.weights import HeadWeights
 from attnlens.errors import BudgetError, UnsupportedModelError
 from attnlens.hooks.rows import Rows
 from attnlens.lens import Inputs, Lens
-from attnlens.lens.lens import parse_bytes
+from attnlens.lens.asked import parse_bytes
 
 COPIES = 3
 """Float64 maps of one head that its singular values take: the map, a copy, room to work."""

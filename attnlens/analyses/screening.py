@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from attnlens.analyses.ablation import Ablation, ablate
@@ -101,7 +100,8 @@ def ablate_screened(
     same_metric = taken == exact.metric
     agreement = float("nan")
     if len(leading) > 2 and same_metric:
-        agreement = float(spearmanr(estimate.mean[order], exact.effect)[0])
+        guessed, found = pd.Series(estimate.mean[order].numpy()), pd.Series(exact.effect.numpy())
+        agreement = float(guessed.corr(found, method="spearman"))
     if not same_metric:
         notes = (*notes, "Estimates are of another metric than effects: ranks are not compared.")
     return ScreenedAblation(chosen, *estimate, exact, agreement, notes)

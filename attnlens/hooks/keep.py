@@ -166,6 +166,25 @@ def gigabytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def check_recording(
+    anatomy: Anatomy, extents: Mapping[str, Extent], budget: int, element: int
+) -> None:
+    """Refuse to record a run that passes the budget, before it begins."""
+    total = 0
+    for site in anatomy.sites:
+        if site.name in extents:
+            at = extents[site.name]
+            row = (anatomy.d_model or 0) * 2 + site.heads * (site.d_qk + site.d_v)
+            key = site.groups * (site.d_qk + site.d_v)
+            total += at.batch * (at.queries * row + at.keys * key) * element
+    if total > budget:
+        raise BudgetError(
+            f"Recording a run of these prompts takes about {gigabytes(total)}, over the budget of "
+            f"{gigabytes(budget)}. Give fewer prompts at a time, or"
+            f" budget='{gigabytes(int(total * 1.01))}'."
+        )
+
+
 class Keep(Observer):
     """Observer that keeps what a request asks for: `kept[kind][site name]`."""
 

@@ -7,7 +7,6 @@ it was, its training mode too, and nothing is recorded for gradients.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,24 +16,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attnlens.anatomy import Anatomy, HeadSpec, Site
+from attnlens.anatomy import Anatomy, HeadSpec
 from attnlens.anatomy.weights import HeadWeights
 from attnlens.errors import AttnlensError, InputError, UnsupportedModelError
 from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
 from attnlens.hooks.edits.means import add_longer
 from attnlens.hooks.examples import example_inputs
-from attnlens.hooks.keep import Keep, Request, check_budget
+from attnlens.hooks.keep import Keep, Request, check_budget, check_recording
 from attnlens.hooks.measure import Measure, merge
 from attnlens.hooks.mlp import Mlp, find_mlps
 from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
 from attnlens.hooks.reads import ReadRows
 from attnlens.hooks.reducers import Reducer
+from attnlens.hooks.restart import Record, Restart
 from attnlens.hooks.session import Observer, Session
+from attnlens.lens.asked import check_names, check_prompts, choose, parse_bytes
 from attnlens.lens.decode import Decoded, Decoder, end_ids
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
-from attnlens.lens.trace import SiteTensors, Statistics, Trace
+from attnlens.lens.trace import Recorded, SiteTensors, Statistics, Trace
 
 
 class Lens:
@@ -113,7 +114,7 @@ class Lens:
         batch = self.encode(inputs)
         anatomy = self.anatomy_for(batch)
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
-        chosen = _choose(anatomy, layers, heads)
+        chosen = choose(anatomy, layers, heads)
         sites = tuple(site for site in anatomy.sites if site.name in chosen)
         request = Request(
             keep,
@@ -154,7 +155,7 @@ class Lens:
         `prompt head ...` at every site of `layers` (all where not given).
         """
         reducers = tuple(reducers) if isinstance(reducers, Sequence) else (reducers,)
-        _check_names(reducers)
+        check_names(reducers)
         whole = self.encode(inputs)
         anatomy = self.anatomy_for(whole)
         sites = anatomy.layers(layers)
@@ -164,7 +165,7 @@ class Lens:
             observer = Measure(sites, reducers, part.sides)
             with Session(self.model, anatomy, [observer]):
                 self._forward(part, last_logits=True)
-            _check_prompts(observer.results, part.size)
+            check_prompts(observer.results, part.size)
             results.append(observer.results)
         merged = merge(results)
         back = torch.tensor(order).argsort()
@@ -174,6 +175,35 @@ class Lens:
         }
         columns = {reducer.name: reducer.columns for reducer in reducers}
         return Statistics(anatomy, whole.tokens, whole.lengths, values, columns)
+
+    def record(self, inputs: Inputs, budget: str | int = "2GB") -> Recorded:
+        """Run the model and keep what every block and attention module returned, for `restart`.
+
+        About `tokens x layers x (d_model + widths of q, k, v and z)` numbers; over `budget` bytes
+        it is refused with BudgetError.
+        """
+        batch = self.encode(inputs)
+        anatomy = self.anatomy_for(batch)
+        element = next(self.model.parameters()).element_size()
+        check_recording(anatomy, batch.extents(anatomy), parse_bytes(budget), element)
+        record = Record(anatomy)
+        with Session(self.model, anatomy, [record]):
+            output = self._forward(batch)
+        return Recorded(batch, record.recording, output)
+
+    def restart(self, trace: Recorded, layer: int | str, *observers: Observer) -> Any:
+        """The model's output, computed from a layer on: all below is what `record` kept.
+
+        Edits of `lens.edit` at this layer and above act; `layer` is a number or a site's name.
+
+        Raises:
+            UnsupportedModelError: the model's layers are no stack (one block serves several).
+
+        """
+        site = self.anatomy_for(trace.batch)[layer]
+        again = Restart(trace.recording, site)
+        with Session(self.model, self.anatomy_for(trace.batch), [again, *observers]):
+            return self._forward(trace.batch)
 
     def observe(self, batch: Batch, *observers: Observer) -> Any:
         """Run one batch with observers at the sites they ask for; returns the model's output.
@@ -351,53 +381,3 @@ def _modality(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:
             elif "grid" in name:
                 found.add((name, tuple(value.flatten().tolist())))
     return frozenset(found)
-
-
-def _choose(
-    anatomy: Anatomy, layers: HeadSpec | int | None, heads: HeadSpec | None
-) -> dict[str, tuple[int, ...]]:
-    """Heads by site, for the sites of both specifications."""
-    sites: Sequence[Site] = anatomy.layers(layers)
-    names = {site.name for site in sites}
-    if heads is None:
-        return {site.name: tuple(range(site.heads)) for site in sites}
-    chosen: dict[str, list[int]] = {}
-    for head in anatomy.find(heads):
-        if head.site in names:
-            chosen.setdefault(head.site, []).append(head.head)
-    if not chosen:
-        raise InputError(f"heads={heads!r} and layers={layers!r} have no head in common.")
-    return {name: tuple(numbers) for name, numbers in chosen.items()}
-
-
-def _check_prompts(results: Mapping[str, Mapping[str, Tensor]], prompts: int) -> None:
-    """Raise where a site's first axis is not the prompts: its rows belong to pieces of them."""
-    for tensors in results.values():
-        for site, tensor in tensors.items():
-            if tensor.shape[0] != prompts:
-                raise InputError(
-                    f"{site} attends in {tensor.shape[0]} pieces where there are {prompts} prompts "
-                    "(windows of an image, or all images in one row), so its statistics cannot be "
-                    "told apart by prompt. Name the layers of another stack: layers=..."
-                )
-
-
-def _check_names(reducers: Sequence[Reducer]) -> None:
-    names = [reducer.name for reducer in reducers]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise InputError(
-            f"Two reducers are named {twice[0]!r}; give one another name=..."
-            if twice
-            else "No reducer was given."
-        )
-
-
-def parse_bytes(budget: str | int) -> int:
-    """`"2GB"`, `"500 MB"` or a number of bytes."""
-    if isinstance(budget, int):
-        return budget
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", budget)
-    if found is None:
-        raise InputError(f"Cannot read the budget {budget!r}. Write '2GB' or '500MB'.")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))

@@ -1,4 +1,4 @@
-"""What a run returns: tensors by site (`Trace`) and statistics by head (`Statistics`)."""
+"""What a run returns: tensors by site (`Trace`), statistics (`Statistics`), a run to restart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from attnlens.anatomy import Anatomy
 from attnlens.errors import HeadError, InputError
+from attnlens.hooks.restart import Recording
 from attnlens.hooks.tokens import Sides
+from attnlens.lens.inputs import Batch
 
 
 class SiteTensors(Mapping[str, Tensor]):
@@ -181,3 +183,20 @@ class Statistics:
                     row |= dict(zip(self.columns[name], means, strict=False))
                 rows.append(row)
         return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One run with what each block and attention module returned; `lens.restart` goes on from it.
+
+    Made by `lens.record`.
+    """
+
+    batch: Batch
+    recording: Recording
+    output: Any
+    """What the model returned."""
+
+    def __repr__(self) -> str:
+        size = self.recording.bytes / 1e6
+        return f"Recorded({self.recording.model}, {self.batch.size} prompts, {size:.3g} MB)"

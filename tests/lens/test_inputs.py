@@ -12,7 +12,7 @@ import torch
 import attnlens as al
 from attnlens.errors import BudgetError, HeadError, InputError
 from attnlens.lens import Lens
-from attnlens.lens.lens import parse_bytes
+from attnlens.lens.asked import parse_bytes
 from tests.architectures import ARCHITECTURES
 
 

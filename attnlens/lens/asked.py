@@ -1,0 +1,63 @@
+"""Reading what is asked of a run: heads by site, statistics by name, bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from attnlens.anatomy import Anatomy, HeadSpec, Site
+from attnlens.errors import InputError
+from attnlens.hooks.reducers import Reducer
+
+
+def choose(
+    anatomy: Anatomy, layers: HeadSpec | int | None, heads: HeadSpec | None
+) -> dict[str, tuple[int, ...]]:
+    """Heads by site, for the sites of both specifications."""
+    sites: Sequence[Site] = anatomy.layers(layers)
+    names = {site.name for site in sites}
+    if heads is None:
+        return {site.name: tuple(range(site.heads)) for site in sites}
+    chosen: dict[str, list[int]] = {}
+    for head in anatomy.find(heads):
+        if head.site in names:
+            chosen.setdefault(head.site, []).append(head.head)
+    if not chosen:
+        raise InputError(f"heads={heads!r} and layers={layers!r} have no head in common.")
+    return {name: tuple(numbers) for name, numbers in chosen.items()}
+
+
+def check_prompts(results: Mapping[str, Mapping[str, Tensor]], prompts: int) -> None:
+    """Raise where a site's first axis is not the prompts: its rows belong to pieces of them."""
+    for tensors in results.values():
+        for site, tensor in tensors.items():
+            if tensor.shape[0] != prompts:
+                raise InputError(
+                    f"{site} attends in {tensor.shape[0]} pieces where there are {prompts} prompts "
+                    "(windows of an image, or all images in one row), so its statistics cannot be "
+                    "told apart by prompt. Name the layers of another stack: layers=..."
+                )
+
+
+def check_names(reducers: Sequence[Reducer]) -> None:
+    """Raise InputError where two reducers have one name."""
+    names = [reducer.name for reducer in reducers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise InputError(
+            f"Two reducers are named {twice[0]!r}; give one another name=..."
+            if twice
+            else "No reducer was given."
+        )
+
+
+def parse_bytes(budget: str | int) -> int:
+    """`"2GB"`, `"500 MB"` or a number of bytes."""
+    if isinstance(budget, int):
+        return budget
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", budget)
+    if found is None:
+        raise InputError(f"Cannot read the budget {budget!r}. Write '2GB' or '500MB'.")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
