@@ -1,12 +1,15 @@
-"""Ablation: a grid of effects, and the heads that matter most beside matched random heads."""
+"""Ablation of single heads: a grid of effects, and a ranking beside matched random heads."""
 
 from __future__ import annotations
 
+import html
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import plotly.graph_objects as go
+from torch import Tensor
 
 from attnlens.analyses.ablation import Ablation
 from attnlens.analyses.ablation_groups import SetAblation
@@ -25,60 +28,125 @@ METRICS = {
 }
 
 
+class Graded(Protocol):
+    """What results of sweeps share."""
+
+    @property
+    def task(self) -> str:
+        """What was graded."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """By what."""
+        ...
+
+    @property
+    def clean(self) -> Tensor:
+        """The metric of each prompt, nothing edited; NaN where it is not known yet."""
+        ...
+
+
 @show.register
 def show_ablation(ablation: Ablation) -> go.Figure:
     """Effect of ablating each head, one grid a stack; colours diverge from no effect."""
     metric, unit, _ = METRICS[ablation.metric]
     quantity = Quantity("effect", f"change of {metric}", unit, signed=True)
-    return head_grids(ablation.to_frame(), [quantity], title_of(ablation), across=2)
+    return head_grids(ablation.to_frame(), [quantity], heading(ablation), across=2)
 
 
 def show_ranking(ablation: Ablation) -> go.Figure:
     """The heads with the largest effects, with intervals, and their matched random heads."""
-    records = ranked(ablation)[:MOST][::-1]
-    metric, unit, worse = METRICS[ablation.metric]
+    known = [record for record in ranked(ablation) if not math.isnan(record["effect"])]
+    records = known[:MOST][::-1]
     names = [record["head"] for record in records]
-    effects = [record["effect"] for record in records]
-    colours = [WORSE if effect * worse > 0 else BETTER for effect in effects]
-    figure = go.Figure()
-    figure.add_trace(
-        go.Bar(
-            x=effects,
-            y=names,
-            orientation="h",
-            marker={"color": colours},
-            error_x=_bars(records, "effect"),
-            customdata=[f"interval {interval_text(record, 'effect')}" for record in records],
-            hovertemplate=f"<b>%{{y}}</b> %{{x:.3f}} {unit}<br>%{{customdata}}<extra></extra>",
-            name="this head",
-        )
-    )
+    figure = go.Figure(effect_bars(records, names, ablation.metric, "this head"))
     figure.add_trace(
         go.Scatter(
             x=[record["control"] for record in records],
             y=names,
             mode="markers",
             marker={"color": CONTROL, "symbol": "diamond", "size": 8},
-            error_x=_bars(records, "control"),
+            error_x=error_bars(records, "control"),
             hovertemplate="other heads of the layer %{x:.3f}<extra></extra>",
             name="random other heads of the layer",
         )
     )
-    styled(figure, title_of(ablation), 24 * len(records) + 150)
-    figure.update_xaxes(title=f"change of {metric}" + (f" ({unit})" if unit else ""), zeroline=True)
+    styled(figure, heading(ablation), 24 * len(records) + 150)
+    figure.update_xaxes(title=change_of(ablation.metric), zeroline=True)
     figure.update_layout(
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, bargap=0.35
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        bargap=0.35,
+        margin_t=84,
     )
     return figure
 
 
 def title_of(ablation: Ablation) -> str:
     """What was done, in a few words."""
-    return f"{ablation.mode.value.capitalize()} ablation on {ablation.task.replace('_', ' ')}"
+    return f"{mode_name(ablation.mode)} ablation on {task_name(ablation)}"
+
+
+def mode_name(mode: str) -> str:
+    """`Position mean` of `position_mean`."""
+    return mode.replace("_", " ").capitalize()
+
+
+def task_name(result: Graded) -> str:
+    """`repeated tokens` of `repeated_tokens`."""
+    return result.task.replace("_", " ")
+
+
+def prompts_text(result: Graded) -> str:
+    """`16 prompts`, or `9 of 16 prompts` where a sweep is not finished."""
+    known, count = int((~result.clean.isnan()).sum()), len(result.clean)
+    return f"{f'{known} of ' * (known < count)}{count} prompt{'s' * (count != 1)}"
+
+
+def missing_text(values: Tensor) -> str:
+    """`, 43 of 512 values missing` where a sweep is not finished."""
+    missing = int(values.isnan().sum())
+    return f", {missing:,} of {values.numel():,} values missing" if missing else ""
+
+
+def heading(ablation: Ablation) -> str:
+    """What a figure shows: mode, task, prompts, and how much is missing."""
+    return f"{title_of(ablation)}, {prompts_text(ablation)}{missing_text(ablation.ablated)}"
+
+
+def change_of(metric: str) -> str:
+    """`change of loss (nats)`."""
+    name, unit, _ = METRICS[metric]
+    return f"change of {name}" + (f" ({unit})" if unit else "")
+
+
+def effect_bars(
+    records: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    metric: str,
+    legend: str,
+    hover: Sequence[str] | None = None,
+) -> go.Bar:
+    """A bar with its interval for the effect of each record; `hover` is markup after the number."""
+    _, unit, worse = METRICS[metric]
+    effects = [record["effect"] for record in records]
+    texts = [f"interval {interval_text(record, 'effect')}" for record in records]
+    if hover is not None:
+        texts = [f"{text}<br>{more}" for text, more in zip(texts, hover, strict=True)]
+    return go.Bar(
+        x=effects,
+        y=list(names),
+        orientation="h",
+        marker={"color": [WORSE if effect * worse > 0 else BETTER for effect in effects]},
+        error_x=error_bars(records, "effect"),
+        customdata=texts,
+        hovertemplate=f"<b>%{{y}}</b> %{{x:.3f}} {unit}<br>%{{customdata}}<extra></extra>",
+        name=html.escape(legend),
+    )
 
 
 def ranked(ablation: Ablation) -> list[dict[str, Any]]:
-    """The table of heads, the largest effect in either direction first."""
+    """The table of heads, the largest effect in either direction first; unknown ones last."""
     frame = ablation.to_frame()
     order = np.argsort(-np.abs(frame["effect"].to_numpy(dtype=float)), kind="stable")
     return frame.iloc[order].to_dict("records")
@@ -89,27 +157,42 @@ def ablation_lines(ablation: Ablation, vocab: int | None, most: int = 3) -> list
 
     Where the model does not solve the task, effects say little, and a line says so.
     """
-    metric, unit, worse = METRICS[ablation.metric]
-    task = ablation.task.replace("_", " ")
-    clean = number_text(float(ablation.clean.mean()))
-    lines = [f"Task {task}: {metric} {clean}{f' {unit}' if unit else ''} with every head in place."]
-    if not _solved(ablation, vocab):
+    lines = task_lines(ablation, vocab)
+    found = costly(ranked(ablation), ablation.metric)[:most]
+    if not found:
+        task = task_name(ablation)
+        return [*lines, f"No single head matters there: no interval lies clear of 0 ({task})."]
+    return [*lines, *(f"Ablating {r['head']} {cost_text(r, ablation.metric)}." for r in found)]
+
+
+def task_lines(result: Graded, vocab: int | None) -> list[str]:
+    """How well the model does with nothing edited, and a caution where that is not well."""
+    metric, unit, _ = METRICS[result.metric]
+    clean = number_text(float(result.clean.nanmean()))
+    of = f"{metric} {clean}{f' {unit}' if unit else ''}"
+    lines = [f"Task {task_name(result)}: {of} with every head in place."]
+    if not _solved(result, vocab):
         lines.append(
             "That is no better than guessing, so what follows says little about how heads do it."
         )
-    costly = sorted(ranked(ablation), key=lambda record: -record["effect"] * worse)
-    # A head matters where its interval lies on the bad side of no effect.
-    found = [r for r in costly if _least(r, worse) > 0]
-    if not found:
-        return [*lines, f"No single head matters there: no interval lies clear of 0 ({task})."]
-    for record in found[:most]:
-        cost = f"{_amount(record['effect'], unit)} of {metric}"
-        bounds = _bounds(record["effect_low"] * worse, record["effect_high"] * worse)
-        line = f"Ablating {record['head']} costs {cost} ({bounds}"
-        if record["control"] == record["control"]:
-            line += f"; random heads of its layer {number_text(record['control'] * worse)}"
-        lines.append(line + ").")
     return lines
+
+
+def costly(records: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Records whose interval lies on the bad side of no effect, the largest cost first."""
+    worse = METRICS[metric][2]
+    found = [record for record in records if _least(record, worse) > 0]
+    return sorted(found, key=lambda record: -record["effect"] * worse)
+
+
+def cost_text(record: dict[str, Any], metric: str) -> str:
+    """`costs 2.00 nats of loss (1.90 to 2.10; random heads of its layer 0.00)`."""
+    name, unit, worse = METRICS[metric]
+    bounds = _bounds(record["effect_low"] * worse, record["effect_high"] * worse)
+    text = f"costs {_amount(record['effect'], unit)} of {name} ({bounds}"
+    if not math.isnan(record.get("control", math.nan)):
+        text += f"; random heads of its layer {number_text(record['control'] * worse)}"
+    return text + ")"
 
 
 def together_line(ablation: SetAblation) -> str:
@@ -137,10 +220,10 @@ def _bounds(low: float, high: float) -> str:
     return f"{number_text(least)} to {number_text(most)}"
 
 
-def _solved(ablation: Ablation, vocab: int | None) -> bool:
-    """Whether the model, nothing ablated, does better than guessing."""
-    clean = float(ablation.clean.mean())
-    if ablation.metric == "loss":
+def _solved(result: Graded, vocab: int | None) -> bool:
+    """Whether the model, nothing edited, does better than guessing."""
+    clean = float(result.clean.nanmean())
+    if result.metric == "loss":
         return vocab is None or clean < math.log(vocab)
     return clean > 0
 
@@ -152,7 +235,7 @@ def _least(record: dict[str, Any], worse: int) -> float:
     return record["effect"] * worse if least != least else least
 
 
-def _bars(records: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def error_bars(records: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     """Error bars from the bounds of an interval."""
     values, low, high = (
         np.array([record[f"{name}{end}"] for record in records], dtype=float)

@@ -1,0 +1,232 @@
+"""Ablation of several heads at once, of pairs, of positions, and effects of any edits."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.analyses.ablation_groups import GroupAblation, SetAblation
+from attnlens.analyses.ablation_pairs import PairAblation
+from attnlens.analyses.ablation_positions import PositionAblation
+from attnlens.analyses.edit_effects import EditEffects
+from attnlens.anatomy import Head
+from attnlens.errors import InputError
+from attnlens.views.panels import interval_text, number_text
+from attnlens.views.ranking import (
+    CONTROL,
+    METRICS,
+    change_of,
+    effect_bars,
+    missing_text,
+    mode_name,
+    prompts_text,
+    task_name,
+)
+from attnlens.views.shown import show
+from attnlens.views.theme import colour_axis, styled, token_label
+
+LISTED = 12
+"""Heads that a hover text names; of more it says how many."""
+LABELLED = 64
+"""Rows and columns of a heat map that have room for a name."""
+NUMBERED = 12
+"""Columns of a heat map whose cells have room for a number."""
+
+Grid = Float[np.ndarray, "row column"]
+
+
+@show.register
+def show_groups(result: GroupAblation) -> go.Figure:
+    """Effect of each group with its interval, in the order in which they were given."""
+    listed = [heads_text(heads) for heads in result.groups]
+    title = f"{mode_name(result.mode)} ablation of {_count(len(listed), 'group')}"
+    return _bars(result, result.ablated, result.names, listed, title)
+
+
+@show.register
+def show_edits(result: EditEffects) -> go.Figure:
+    """Effect of each list of edits with its interval, in the order in which they were given."""
+    texts = [html.escape(text) for text in result.edits]
+    return _bars(result, result.edited, result.names, texts, "Edits")
+
+
+@show.register
+def show_set(result: SetAblation) -> go.Figure:
+    """Effect of a set of heads with its interval, beside each random set of as many heads."""
+    record = {"effect": result.effect, "effect_low": result.low, "effect_high": result.high}
+    own, others = f"the set ({_count(len(result.heads), 'head')})", "random sets of as many"
+    unit = METRICS[result.metric][1]
+    figure = go.Figure(effect_bars([record], [own], result.metric, own, [heads_text(result.heads)]))
+    figure.add_trace(
+        go.Scatter(
+            x=result.control.tolist(),
+            y=[others] * len(result.control),
+            mode="markers",
+            marker={"color": CONTROL, "symbol": "diamond", "size": 10, "opacity": 0.7},
+            customdata=[heads_text(heads) for heads in result.control_sets],
+            hovertemplate=f"<b>random set</b> %{{x:.3f}} {unit}<br>%{{customdata}}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(categoryarray=[others, own], categoryorder="array")
+    title = f"{mode_name(result.mode)} ablation of a set"
+    return _finished(figure, result, result.ablated, title, 2)
+
+
+@show.register
+def show_pairs(result: PairAblation) -> go.Figure:
+    """Interaction of each pair of heads; on the diagonal the effect of the one head."""
+    names = [str(head) for head in result.heads]
+    values = result.interaction.clone()
+    values.fill_diagonal_(0)
+    values += result.single.diag()
+    texts = [[_pair_text(result, i, j) for j in range(len(names))] for i in range(len(names))]
+    title = f"{mode_name(result.mode)} ablation of pairs"
+    figure = _heat(result, values.numpy(), names, names, texts, "effect, interaction")
+    styled(figure, _title(result, title, result.joint), _height(len(names), 48))
+    figure.update_yaxes(scaleanchor="x", constrain="domain", ticksuffix=" ")
+    figure.update_xaxes(constrain="domain")
+    return figure
+
+
+@show.register
+def show_positions(result: PositionAblation) -> go.Figure:
+    """Effect of each head at each position; heads down, the first prompt's tokens across."""
+    names = [str(head) for head in result.heads]
+    labels = [
+        f"{token_label(token)}<sub> {position}</sub>"
+        for token, position in zip(result.tokens, result.positions, strict=True)
+    ]
+    texts = [
+        [_place_text(result, i, j, labels[j]) for j in range(len(labels))]
+        for i in range(len(names))
+    ]
+    title = f"{mode_name(result.mode)} ablation by position"
+    figure = _heat(result, result.effect.numpy(), names, labels, texts, "effect")
+    styled(figure, _title(result, title, result.ablated), _height(len(names), 24))
+    figure.update_xaxes(
+        title="position (tokens of the first prompt)", tickangle=-60, side="bottom",
+        tickvals=labels[:: len(labels) // LABELLED + 1],
+    )  # fmt: skip
+    figure.update_yaxes(ticksuffix=" ")
+    figure.update_layout(margin={"b": 100})
+    return figure
+
+
+def heads_text(heads: Sequence[Head]) -> str:
+    """The heads by name, or the first of them and how many more."""
+    named = ", ".join(map(str, heads[:LISTED]))
+    return named + (f" and {len(heads) - LISTED} more" if len(heads) > LISTED else "")
+
+
+def _bars(
+    result: GroupAblation | EditEffects,
+    values: Tensor,
+    names: Sequence[str],
+    hover: Sequence[str],
+    title: str,
+) -> go.Figure:
+    """A bar a row, the first on top; those that are not known yet have none."""
+    records: list[dict[str, Any]] = result.to_frame().to_dict("records")
+    order = range(len(records))[::-1]
+    labels = [html.escape(names[i]) for i in order]
+    figure = go.Figure(
+        effect_bars(
+            [records[i] for i in order], labels, result.metric, title, [hover[i] for i in order]
+        )
+    )
+    return _finished(figure, result, values, title, len(records))
+
+
+def _finished(
+    figure: go.Figure, result: GroupAblation | EditEffects | SetAblation, values: Tensor,
+    title: str, rows: int,
+) -> go.Figure:  # fmt: skip
+    styled(figure, _title(result, title, values), 26 * rows + 130)
+    figure.update_xaxes(title=change_of(result.metric), zeroline=True)
+    figure.update_yaxes(type="category", automargin=True, ticksuffix="  ")
+    figure.update_layout(bargap=0.35, showlegend=False)
+    return figure
+
+
+def _title(
+    result: GroupAblation | EditEffects | SetAblation | PairAblation | PositionAblation,
+    title: str,
+    values: Tensor,
+) -> str:
+    """What a figure shows: what was done, task, prompts, and how much is missing."""
+    return f"{title} on {task_name(result)}, {prompts_text(result)}{missing_text(values)}"
+
+
+def _heat(
+    result: PairAblation | PositionAblation,
+    values: Grid,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    unit: str,
+) -> go.Figure:
+    """A heat map that diverges from no effect. Raises InputError where no value is known yet."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        raise InputError("There is nothing to draw: no value of this sweep is known yet.")
+    top = max(float(np.abs(known).max()), 1e-6)
+    figure = go.Figure(
+        go.Heatmap(
+            z=values.astype(np.float32),
+            x=list(columns),
+            y=list(rows),
+            customdata=texts,
+            coloraxis="coloraxis",
+            texttemplate="%{z:.2f}" if len(columns) <= NUMBERED else None,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    metric, measured, _ = METRICS[result.metric]
+    bar = f"{unit} on {metric}" + (f" ({measured})" if measured else "")
+    figure.update_layout(coloraxis=colour_axis("diverging", -top, top, bar))
+    figure.update_xaxes(type="category", showgrid=False, ticks="")
+    figure.update_yaxes(type="category", showgrid=False, ticks="", autorange="reversed")
+    figure.update_xaxes(showticklabels=len(columns) <= LABELLED or len(columns) != len(rows))
+    if len(rows) <= LABELLED:
+        figure.update_yaxes(tickvals=list(rows))
+    return figure
+
+
+def _pair_text(result: PairAblation, i: int, j: int) -> str:
+    """What the hover says of a pair, or of one head by itself."""
+    one, other = result.heads[i], result.heads[j]
+    alone = [number_text(float(result.single[k])) for k in (i, j)]
+    if i == j:
+        return f"<b>{one}</b> by itself {alone[0]}"
+    bounds = {"x_low": float(result.low[i, j]), "x_high": float(result.high[i, j])}
+    return (
+        f"<b>{one}, {other}</b> interaction {number_text(float(result.interaction[i, j]))}"
+        f"<br>interval {interval_text(bounds, 'x')}"
+        f"<br>both {number_text(float(result.joint[i, j]))}"
+        f"<br>{one} by itself {alone[0]}<br>{other} by itself {alone[1]}"
+    )
+
+
+def _place_text(result: PositionAblation, i: int, j: int, label: str) -> str:
+    bounds = {"x_low": float(result.low[i, j]), "x_high": float(result.high[i, j])}
+    return (
+        f"<b>{result.heads[i]}</b> at {label}: {number_text(float(result.effect[i, j]))}"
+        f"<br>interval {interval_text(bounds, 'x')}"
+    )
+
+
+def _height(rows: int, each: int) -> int:
+    return int(np.clip(each * rows + 170, 320, 1100))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

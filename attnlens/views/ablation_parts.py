@@ -1,0 +1,222 @@
+"""Which part of a report each kind of ablation makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attnlens.analyses.ablation import Ablation
+from attnlens.analyses.ablation_groups import GroupAblation, SetAblation
+from attnlens.analyses.ablation_pairs import PairAblation
+from attnlens.analyses.ablation_positions import PositionAblation
+from attnlens.analyses.edit_effects import EditEffects
+from attnlens.sweeps.modes import Mode
+from attnlens.views.panels import interval_text, number_text
+from attnlens.views.ranking import (
+    METRICS,
+    ablation_lines,
+    cost_text,
+    costly,
+    mode_name,
+    prompts_text,
+    ranked,
+    show_ranking,
+    task_lines,
+    task_name,
+)
+from attnlens.views.report_parts import Drawn, Part, Table
+from attnlens.views.report_results import CELLS, part_of
+from attnlens.views.shown import show
+from attnlens.views.theme import visible
+
+MOST = 5
+"""Findings that are said in a sentence each."""
+INSTEAD: Mapping[Mode, str] = {
+    Mode.ZERO: "nothing",
+    Mode.MEAN: "its mean over all positions of the reference prompts",
+    Mode.POSITION_MEAN: "its mean over the reference prompts at the same position",
+    Mode.RESAMPLE: "what the head writes on the corrupt twin of the prompt",
+    Mode.UNIFORM: "the mean of the values that each row sees",
+    Mode.IDENTITY: "the value of each row's own token",
+    Mode.FROZEN: "nothing, while all later heads attend as they did before",
+}
+"""What takes the place of a head's output."""
+BOUNDS = {"effect_low": "from", "effect_high": "to"}
+
+Swept = Ablation | SetAblation | GroupAblation | PairAblation | PositionAblation | EditEffects
+
+
+@part_of.register
+def _(result: Ablation) -> Part:
+    frame = pd.DataFrame(ranked(result))
+    return Part(
+        title=f"{mode_name(result.mode)} ablation of heads",
+        lines=tuple(ablation_lines(result, None, MOST)),
+        prose=_prose(result, "Each head is ablated by itself")
+        + " Grey diamonds are the mean of random other heads of the same layer: what taking out "
+        "just any head costs.",
+        figures={
+            "effects": Drawn(show(result), CELLS),
+            "ranking": Drawn(show_ranking(result), "The largest effects; 95 % intervals."),
+        },
+        tables={
+            "ablation": Table(
+                frame, "effect of each head",
+                ("head", "ablated", "effect", "effect_low", "effect_high", "control",
+                 "control_low", "control_high"),
+                BOUNDS | {"control": "random heads of its layer", "control_low": "from",
+                          "control_high": "to"},
+            ),
+            "prompts": Table(result.prompts_frame(), "the metric of each prompt", None),
+        },
+        notes=result.notes,
+    )  # fmt: skip
+
+
+@part_of.register
+def _(result: GroupAblation) -> Part:
+    frame = result.to_frame()
+    found = costly(_records(frame), result.metric)[:MOST]
+    lines = [f"Ablating {r['group']} as a whole {cost_text(r, result.metric)}." for r in found]
+    return Part(
+        title=f"{mode_name(result.mode)} ablation of groups",
+        lines=(*task_lines(result, None), *(lines or ["No group's interval lies clear of 0."])),
+        prose=_prose(result, "All heads of a group are ablated at once"),
+        figures={"groups": Drawn(show(result), "Lines are 95 % intervals.")},
+        tables={"groups": Table(frame, "effect of each group", headings=BOUNDS)},
+        notes=result.notes,
+    )
+
+
+@part_of.register
+def _(result: EditEffects) -> Part:
+    frame = result.to_frame()
+    found = costly(_records(frame), result.metric)[:MOST]
+    lines = [f"{r['name']} {cost_text(r, result.metric)}." for r in found]
+    return Part(
+        title="Effects of edits",
+        lines=(*task_lines(result, None), *(lines or ["No interval lies clear of 0."])),
+        prose=_graded(result, "Under each list of edits"),
+        figures={"edits": Drawn(show(result), "Lines are 95 % intervals.")},
+        tables={"edits": Table(frame, "effect of each list of edits", headings=BOUNDS)},
+        notes=result.notes,
+    )
+
+
+@part_of.register
+def _(result: SetAblation) -> Part:
+    record = {"effect": result.effect, "effect_low": result.low, "effect_high": result.high}
+    metric, unit, _ = METRICS[result.metric]
+    line = (
+        f"Ablating the {len(result.heads)} heads at once changes {metric} by "
+        f"{number_text(result.effect)}{f' {unit}' if unit else ''} "
+        f"({interval_text(record, 'effect')}"
+    )
+    if len(result.control):
+        line += f"; random sets {number_text(float(result.control.nanmean()))}"
+    sets = [result.heads, *result.control_sets]
+    frame = pd.DataFrame(
+        {
+            "set": ["the set", *(f"random {i}" for i in range(1, len(sets)))],
+            "heads": [", ".join(map(str, heads)) for heads in sets],
+            "effect": [result.effect, *result.control.tolist()],
+        }
+    )
+    return Part(
+        title=f"{mode_name(result.mode)} ablation of a set",
+        lines=(*task_lines(result, None), line + ")."),
+        prose=_prose(
+            result, "The set is ablated at once, and so are random sets of as many heads a layer"
+        ),
+        figures={"set": Drawn(show(result), "The line is a 95 % interval.")},
+        tables={"set": Table(frame, "effect of the set and of each random set")},
+        notes=result.notes,
+    )
+
+
+@part_of.register
+def _(result: PairAblation) -> Part:
+    frame = _by_size(result.to_frame(), "interaction")
+    clear = [r for r in _records(frame) if r["interaction_low"] > 0 or r["interaction_high"] < 0]
+    lines = [
+        f"{r['head']} and {r['other']}: both {number_text(r['joint'])}, by themselves "
+        f"{number_text(r['effect'])} and {number_text(r['other_effect'])}; interaction "
+        f"{number_text(r['interaction'])} ({interval_text(r, 'interaction')})."
+        for r in clear[:MOST]
+    ]
+    metric, unit, _ = METRICS[result.metric]
+    of = f"Changes of {metric}{f' in {unit}' if unit else ''}, the largest interactions first:"
+    none = ["No pair's interaction has an interval clear of 0."]
+    return Part(
+        title=f"{mode_name(result.mode)} ablation of pairs",
+        lines=(*task_lines(result, None), *([of, *lines] if lines else none)),
+        prose=_prose(result, "Heads are ablated one at a time and two at a time")
+        + " Interaction is the effect of both less the sum of their single effects: 0 where the "
+        "two act independently, of the sign opposite to the effects where one does for both.",
+        figures={
+            "pairs": Drawn(
+                show(result), "Interaction of two heads; on the diagonal the effect of one."
+            )
+        },
+        tables={
+            "pairs": Table(
+                frame, "every pair", headings={"interaction_low": "from", "interaction_high": "to"}
+            )
+        },
+        notes=result.notes,
+    )
+
+
+@part_of.register
+def _(result: PositionAblation) -> Part:
+    frame = result.to_frame()
+    tokens = dict(zip(result.positions, result.tokens, strict=True))
+    frame.insert(2, "token", [tokens[position] for position in frame["position"]])
+    frame = _by_size(frame, "effect")
+    found = costly(_records(frame), result.metric)[:MOST]
+    lines = [
+        f"Ablating {r['head']} at position {r['position']} ({visible(r['token'])}) "
+        f"{cost_text(r, result.metric)}."
+        for r in found
+    ]
+    return Part(
+        title=f"{mode_name(result.mode)} ablation by position",
+        lines=(*task_lines(result, None), *(lines or ["No interval lies clear of 0."])),
+        prose=_prose(result, "Each head is ablated at one position at a time")
+        + " Tokens are those of the first prompt.",
+        figures={"positions": Drawn(show(result), "Heads down, positions across.")},
+        tables={"positions": Table(frame, "effect of each head at each position", headings=BOUNDS)},
+        notes=result.notes,
+    )
+
+
+def _prose(
+    result: Ablation | SetAblation | GroupAblation | PairAblation | PositionAblation, what: str
+) -> str:
+    """What was done and how effects read."""
+    return _graded(
+        result, f"{what}: in place of a head's output stands {INSTEAD[result.mode]}. Then"
+    )
+
+
+def _graded(result: Swept, done: str) -> str:
+    metric, unit, worse = METRICS[result.metric]
+    direction = "rises" if worse > 0 else "falls"
+    return (
+        f"{done} the task ({task_name(result)}, {prompts_text(result)}) is graded again. An effect "
+        f"is the change of {metric}{f' in {unit}' if unit else ''}, a mean over prompts with its "
+        f"bootstrap interval; where {metric} {direction}, the task goes worse."
+    )
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return frame.to_dict("records")
+
+
+def _by_size(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The largest in either direction first, unknown ones last."""
+    order = np.argsort(-np.abs(frame[column].to_numpy(dtype=float)), kind="stable")
+    return frame.iloc[order].reset_index(drop=True)
