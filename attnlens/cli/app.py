@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -10,8 +11,15 @@ import typer
 
 from attnlens import __version__
 from attnlens.cli import options as ask
-from attnlens.cli.asked import ModelAsked, NeedleAsked, TextsAsked, TreesAsked
-from attnlens.errors import AttnlensError
+from attnlens.cli.asked import (
+    ModelAsked,
+    NeedleAsked,
+    StoppedError,
+    SweepAsked,
+    TextsAsked,
+    TreesAsked,
+)
+from attnlens.errors import AttnlensError, InputError
 
 app = typer.Typer(
     name="attnlens",
@@ -29,12 +37,12 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _commands() -> Any:
+def _commands(module: str = "attnlens.cli.commands") -> Any:
     """The module that does the work, loaded only when there is work: it takes seconds."""
     from attnlens.cli.progress import progress
 
     with progress() as steps, steps("Loading torch and transformers"):
-        return import_module("attnlens.cli.commands")
+        return import_module(module)
 
 
 @app.callback()
@@ -91,6 +99,61 @@ def profile(
         ModelAsked(model, tokenizer, device, dtype), texts, out,
         task=task.value, prompts=prompts, mode=ablate.value, heads=heads, budget=budget,
     )  # fmt: skip
+
+
+@app.command()
+def ablate(
+    given: typer.Context,
+    model: ask.SweepModel = None,
+    out: ask.Store = None,
+    task: ask.SweepTaskAsked = ask.SweepTask.REPEAT,
+    heads: ask.Heads = "all",
+    by: ask.SweepBy = ask.By.HEADS,
+    mode: ask.SweepMode = ask.Mode.ZERO,
+    metric: ask.Metric = None,
+    prompts: ask.SweepPrompts = 16,
+    seed: ask.Seed = 0,
+    resume: ask.Resume = False,
+    show: ask.Show = None,
+    batch_size: ask.PromptBatch = 16,
+    tokens: ask.TokensAtOnce = 1024,
+    ray: ask.Ray = None,
+    workers: ask.Workers = None,
+    gpus: ask.Gpus = 0.0,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Say which heads a task needs: ablate each by itself, beside random heads of its layer.
+
+    Every value is kept in DIR as soon as it is known: the same command with --resume goes on after
+    a stop, and --show DIR draws what is there. The page is DIR/results/index.html.
+
+    Example: attnlens ablate MODEL --task ioi --out DIR
+    """
+    if show is not None:
+        _check_show_alone(given)
+        return _commands("attnlens.cli.ablate_show").show_sweep(show, out)
+    if model is None:
+        raise InputError("Give a MODEL to ablate, or --show DIR to draw a sweep that is there.")
+    if out is None:
+        raise InputError("Give --out DIR: every value is kept there as soon as it is known.")
+    asked = SweepAsked(
+        task.value, prompts, seed, heads, by.value, mode.value, metric and metric.value, resume,
+        batch_size, tokens, ray, workers, gpus,
+    )  # fmt: skip
+    opened = ModelAsked(model, tokenizer, device, dtype)
+    return _commands().find_ablation(opened, asked, out, given.obj or sys.argv[1:])
+
+
+def _check_show_alone(given: typer.Context) -> None:
+    """A stored sweep is shown as it is: what else was asked for would be passed over in silence."""
+    for name in given.params:
+        source = given.get_parameter_source(name)
+        if name in ("show", "out") or source is None or source.name != "COMMANDLINE":
+            continue
+        shown = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        raise InputError(f"--show draws a sweep as it is stored: leave {shown} out.")
 
 
 @app.command()
@@ -193,10 +256,14 @@ def doctor(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for an error that the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(None if arguments is None else list(arguments), prog_name="attnlens")
+        app(words, prog_name="attnlens", obj=words)
+    except StoppedError as left:
+        typer.echo(f"attnlens: interrupted; {left}", err=True)
+        return 130
     except AttnlensError as error:
-        typer.echo(f"attnlens: {error}", err=True)
+        typer.echo("\n".join([f"attnlens: {error}", *getattr(error, "__notes__", ())]), err=True)
         return 2
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)

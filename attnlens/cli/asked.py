@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class StoppedError(Exception):
+    """Ctrl-C where something is kept; its text says what, and how to go on."""
+
+
 @dataclass(frozen=True)
 class ModelAsked:
     """Which model, and how it is opened."""
@@ -88,3 +92,29 @@ class TreesAsked:
     relations: str | None
     least: int
     split: bool
+
+
+@dataclass(frozen=True)
+class SweepAsked:
+    """What is ablated, on what, and how the work is spread.
+
+    Attributes:
+        by: heads, layers, pairs or positions.
+        resume: go on with the sweep in the folder.
+        batch_size, tokens, ray, workers, gpus: as in `SweepSettings`.
+
+    """
+
+    task: str
+    prompts: int
+    seed: int
+    heads: str
+    by: str
+    mode: str
+    metric: str | None
+    resume: bool
+    batch_size: int
+    tokens: int
+    ray: str | None
+    workers: int | None
+    gpus: float

@@ -10,7 +10,16 @@ import typer
 
 from attnlens.analyses.saved import read_state
 from attnlens.analyses.streaming import SAVE_SECONDS
-from attnlens.cli.asked import ModelAsked, NeedleAsked, TextsAsked, TreesAsked
+from attnlens.cli.ablate_job import kept_text, run_sweep
+from attnlens.cli.ablate_show import RESULTS, say_results, write_results
+from attnlens.cli.asked import (
+    ModelAsked,
+    NeedleAsked,
+    StoppedError,
+    SweepAsked,
+    TextsAsked,
+    TreesAsked,
+)
 from attnlens.cli.doctor import verdict
 from attnlens.cli.main_job import Plan, build_task, run_report
 from attnlens.cli.method_jobs import run_retrieval, run_sinks, run_syntax
@@ -19,6 +28,7 @@ from attnlens.cli.passages import PLAIN
 from attnlens.cli.progress import progress
 from attnlens.cli.texts import open_source, settle
 from attnlens.errors import FileError
+from attnlens.sweeps.store import Store
 
 
 def report(
@@ -43,6 +53,24 @@ def report(
         plan = Plan(model.title, mode, heads, budget, asked)
         findings = run_report(lens, texts, built, out, plan, steps)
     _say(findings.lines(), out)
+
+
+def find_ablation(model: ModelAsked, asked: SweepAsked, out: Path, words: Sequence[str]) -> None:
+    """Ablate heads on a task, keeping every value; write and print what was found.
+
+    `words` are those of the command, to say how to go on after a stop.
+    """
+    try:
+        with progress() as steps:
+            result = run_sweep(lambda: open_checked(model, steps), asked, out, steps, words)
+            manifest, place = Store.open(out).manifest, out / RESULTS
+            lines = write_results(result, manifest, place, steps, model.title)
+    except KeyboardInterrupt:
+        kept = kept_text(out, words)
+        if kept is None:
+            raise
+        raise StoppedError(kept) from None
+    say_results(lines, out, place)
 
 
 def find_sinks(model: ModelAsked, asked: TextsAsked, out: Path, epsilon: float, rule: str) -> None:

@@ -28,11 +28,11 @@ from attnlens.views.findings import Findings
 from attnlens.views.narrative import THRESHOLD
 from attnlens.views.report import write_report
 
-TASKS: dict[str, Callable[[Lens, int], Task]] = {
-    "repeat": lambda lens, prompts: repeated_tokens(lens, prompts),
-    "ioi": lambda lens, prompts: indirect_object(lens, prompts),
-    "key-value": lambda lens, prompts: key_value(lens, prompts),
-    "needle": lambda lens, prompts: needle(lens, prompts),
+TASKS: dict[str, Callable[..., Task]] = {
+    "repeat": repeated_tokens,
+    "ioi": indirect_object,
+    "key-value": key_value,
+    "needle": needle,
 }
 PROMPT_TOKENS = 40
 """The prompt of the heat maps is at most so long: its labels can be read."""
@@ -45,7 +45,7 @@ class Plan:
     name: str = "model"
     """What the report calls the model."""
     mode: str = "zero"
-    """What takes the place of an ablated head: "zero", "mean" or "uniform"."""
+    """What takes the place of an ablated head; see `sweeps.modes.Mode`."""
     heads: HeadSpec = "all"
     """The heads to ablate."""
     budget: str = "2GB"
@@ -110,7 +110,7 @@ def find_out(
     )
 
 
-def build_task(lens: Lens, name: str, prompts: int) -> Task | None:
+def build_task(lens: Lens, name: str, prompts: int, seed: int = 0) -> Task | None:
     """The task of a name; None for "none" and for models that no task can grade.
 
     Raises TaskError for an unknown name, and where the model's tokens do not allow the task.
@@ -119,7 +119,7 @@ def build_task(lens: Lens, name: str, prompts: int) -> Task | None:
         raise TaskError(f"There is no task {name!r}; choose {', '.join(TASKS)} or none.")
     if name == "none" or no_grading(lens) is not None:
         return None
-    return TASKS[name](lens, prompts)
+    return TASKS[name](lens, prompts, seed=seed)
 
 
 def _read(

@@ -19,12 +19,42 @@ class TaskName(StrEnum):
     NONE = "none"
 
 
+class SweepTask(StrEnum):
+    """Tasks of a sweep."""
+
+    REPEAT = "repeat"
+    IOI = "ioi"
+    KEY_VALUE = "key-value"
+    NEEDLE = "needle"
+
+
 class Mode(StrEnum):
-    """What becomes of an ablated head."""
+    """What becomes of an ablated head; the names of `sweeps.modes.Mode`."""
 
     ZERO = "zero"
     MEAN = "mean"
+    POSITION_MEAN = "position_mean"
+    RESAMPLE = "resample"
     UNIFORM = "uniform"
+    IDENTITY = "identity"
+    FROZEN = "frozen"
+
+
+class By(StrEnum):
+    """What is ablated at a time."""
+
+    HEADS = "heads"
+    LAYERS = "layers"
+    PAIRS = "pairs"
+    POSITIONS = "positions"
+
+
+class MetricName(StrEnum):
+    """What a task is graded by."""
+
+    LOGIT_DIFFERENCE = "logit_difference"
+    LOSS = "loss"
+    ACCURACY = "accuracy"
 
 
 class Rule(StrEnum):
@@ -122,7 +152,7 @@ NeedleBatch = Annotated[int, typer.Option(min=1, help="Prompts that run together
 Prompts = Annotated[int, typer.Option(min=2, help="Prompts of the task.")]
 Ablate = Annotated[
     Mode,
-    typer.Option(help="Put zero, the head's mean output, or evenly spread attention in its place."),
+    typer.Option(help="What takes the place of a head's output; attnlens ablate --help tells."),
 ]
 Heads = Annotated[
     str, typer.Option(help='Heads to ablate: "all", "L3", "L2:", "L3H5,L4H0", "dec.L1H2".')
@@ -197,5 +227,86 @@ Split = Annotated[
     bool,
     typer.Option(
         "--split", help="Choose heads on every other sentence and report them on the rest."
+    ),
+]
+
+SWEEP = "How the work is done; the values do not depend on it"
+SweepModel = Annotated[
+    str | None,
+    typer.Argument(help="A model folder with safetensors, or a hub name; not with --show."),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the sweep: every value as soon as it is known, then results."),
+]
+Show = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw the sweep in this folder, finished or not; no model is loaded. Its results go "
+        "to --out where that is given too."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the sweep in --out; what is there is kept.")
+]
+SweepTaskAsked = Annotated[SweepTask, typer.Option(help="What the model is asked to do.")]
+SweepPrompts = Annotated[int, typer.Option(min=1, help="Prompts of the task.", metavar="N")]
+SweepMode = Annotated[
+    Mode,
+    typer.Option(
+        help="What takes the place of a head's output: zero; its mean over all positions, or at "
+        "the same position, of the corrupt prompts; what it writes on the prompt's corrupt twin "
+        "(resample); the mean of the values it sees (uniform); the value of the row's own token "
+        "(identity); zero, while later heads attend as before (frozen)."
+    ),
+]
+Metric = Annotated[
+    MetricName | None, typer.Option(help="What the task is graded by; its own where not given.")
+]
+SweepBy = Annotated[
+    By,
+    typer.Option(
+        help="What is ablated at a time: a head, all heads of a layer, two heads (and each by "
+        "itself), a head at one position."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of prompts, random heads beside, and intervals.")]
+PromptBatch = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Prompts whose clean run is kept at a time.", metavar="N", rich_help_panel=SWEEP
+    ),
+]
+TokensAtOnce = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Positions in one forward at most, of all heads side by side. More is faster on a "
+        "GPU; halved where memory runs out.",
+        metavar="N",
+        rich_help_panel=SWEEP,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the work with Ray: local, or a cluster's address.",
+        metavar="ADDRESS",
+        rich_help_panel=SWEEP,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Models on the cluster; one a GPU, or one, where not given.",
+        metavar="N",
+        rich_help_panel=SWEEP,
+    ),
+]
+Gpus = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Share of a GPU that each worker takes.", metavar="X", rich_help_panel=SWEEP
     ),
 ]

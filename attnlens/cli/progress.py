@@ -89,14 +89,19 @@ def clock(seconds: float | None) -> str:
 def _line(console: Console, name: str) -> Generator[Advance]:
     start = time.perf_counter()
     said = start
+    first: tuple[float, int] | None = None  # what was done before this step is no measure of speed
 
     def advance(done: int, total: int | None) -> None:
-        nonlocal said
+        nonlocal said, first
         now = time.perf_counter()
+        first = first or (now, done)
         if now - said < LINE_SECONDS or done == total:
             return
         said = now
-        left = f", {clock((now - start) * (total - done) / done)} left" if total and done else ""
+        since, before = first
+        left = ""
+        if total and done > before:
+            left = f", {clock((now - since) * (total - done) / (done - before))} left"
         say(f"{name}: {counts(done, total)} after {clock(now - start)}{left}")
 
     def say(text: str) -> None:
