@@ -563,7 +563,10 @@ def test_edits_that_mean_nothing_are_refused(make: Any, says: str) -> None:
     ("edit", "says"),
     [
         (al.Patch("L0", "q", {}), r"no q for L0; the edit covers nothing.*keep='q'"),
-        (al.Patch("L0", "k", {"L0": torch.ones(1, 4, 12, 8)}), "must hold all 2 heads"),
+        (al.Patch("L0", "k", {"L0": torch.ones(1, 4, 12, 8)}), r"must be \[any, 2, any, 8\]"),
+        (al.Steer("L0", "z", {"L0": torch.ones(4, 7)}), r"has shape \[4, 7\]; it must be \[4, 8\]"),
+        (al.Mean("L0", {"L0": torch.ones(4, 9)}), r"mean z for L0 has shape \[4, 9\]; it must be"),
+        (al.SteerStream("L0", vectors={"L0": torch.ones(7)}), r"it must be \[32\]"),
         (al.Patch("L0", "z", {"L0": torch.ones(1, 4, 9, 8)}), "covers 9 positions and the"),
         (al.Patch("L0", "z", {"L0": torch.ones(3, 4, 12, 8)}), "of 3 prompts and the input has 1"),
         (al.Steer("L0", "q", {"L1": torch.ones(4, 8)}), "no vector for L0; the edit covers L1"),
@@ -573,6 +576,14 @@ def test_edits_that_mean_nothing_are_refused(make: Any, says: str) -> None:
 def test_what_does_not_fit_the_input_is_refused(edit: Edit, says: str) -> None:
     subject = lens("llama")
     with pytest.raises(InputError, match=says), subject.edit(edit):
+        logits(subject)
+
+
+def test_what_was_kept_of_other_layers_is_told() -> None:
+    subject = lens("llama")
+    kept_below = subject.run(IDS, keep="q", layers="L0").q
+    says = "There is no q for L1; the edit covers L0"
+    with pytest.raises(InputError, match=says), subject.edit(al.Patch("L1", "q", kept_below)):
         logits(subject)
 
 

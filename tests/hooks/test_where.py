@@ -189,17 +189,27 @@ def test_phases_are_a_loop_with_a_cache_and_sum_to_all(name: str, make: Any) -> 
         lambda **at: al.Uniform("L1H1", **at),
         lambda **at: al.Identity("L1H1", 0.5, **at),
         lambda **at: al.Hide("L1H1", keys=[3, 11], **at),
-        lambda **at: al.Steer("L1H1", "k", {"L1": torch.ones(4, 1)}, keys=slice(8, 13)),
-        lambda **at: al.Steer("L1H1", "q", {"L1": torch.ones(4, 1)}, **at),
+        "k",
+        "q",
     ],
 )
 def test_with_a_cache_as_without(name: str, make: Any) -> None:
     """Positions mean the same token in the prompt's pass and in later ones; windows too."""
     subject = lens(name)
-    groups = subject.anatomy["L1"].groups
-    edit = make(queries=lambda ids: (ids % 2 == 0) | (ids == 31))
-    if isinstance(edit, al.Steer) and edit.kind == "k":
-        edit = al.Steer("L1H1", "k", {"L1": torch.ones(groups, 1)}, keys=slice(8, 13))
+    site = subject.anatomy["L1"]
+
+    def queries(ids: Tensor) -> Tensor:
+        return (ids % 2 == 0) | (ids == 31)
+
+    edit: Edit
+    if make == "k":
+        vectors = {"L1": torch.ones(site.groups, site.d_qk)}
+        edit = al.Steer("L1H1", "k", vectors, keys=slice(8, 13))
+    elif make == "q":
+        vectors = {"L1": torch.ones(site.heads, site.d_qk)}
+        edit = al.Steer("L1H1", "q", vectors, queries=queries)
+    else:
+        edit = make(queries=queries)
     with subject.edit(edit):
         found = answer(subject, IDS)
         text = torch.cat([IDS, found.argmax(-1).T], dim=1)

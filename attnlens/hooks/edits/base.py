@@ -134,24 +134,28 @@ class StreamEdit(Edit):
         return text + where_text(self)
 
 
-def at_site(
-    tensors: Mapping[str, Tensor], site: Site, what: str, heads: int | None = None
-) -> Tensor:
-    """The tensor of a site among those that an edit was given, with the head axis it must have."""
-    if site.name not in tensors:
-        ways = {"mean z": "lens.mean_z(reference)", "vector": "a vector a head"}
+def at_site(tensors: Mapping[str, Tensor], site: Site, what: str, *shape: int | None) -> Tensor:
+    """The tensor of a site among those that an edit was given, of the shape it must have.
+
+    Raises:
+        InputError: there is none, or it has another shape (None stands for any size).
+
+    """
+    names = tuple(tensors)
+    if site.name not in names:
+        ways = {"mean z": "lens.mean_z(reference)", "vector": "one for each head or layer"}
         way = ways.get(what, f"lens.run(prompts, keep={what!r})")
-        covered = ", ".join(tensors) or "nothing"
         raise InputError(
-            f"There is no {what} for {site.name}; the edit covers {covered}. "
-            f"Make it with {way} for all sites that are edited."
+            f"There is no {what} for {site.name}; the edit covers {', '.join(names) or 'nothing'}. "
+            f"Give {way} for all sites that are edited."
         )
     tensor = tensors[site.name]
-    axis = 1 if tensor.ndim >= 4 else -2
-    if heads is not None and tensor.shape[axis] != heads:
+    fits = zip(tensor.shape, shape, strict=False)
+    if tensor.ndim != len(shape) or any(want not in (None, own) for own, want in fits):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(
-            f"The {what} for {site.name} has shape {list(tensor.shape)}; it must hold all {heads} "
-            f"heads (groups, for keys and values) of the site. Keep them all in lens.run."
+            f"The {what} for {site.name} has shape {list(tensor.shape)}; it must be [{wanted}], "
+            "with all heads of the site (groups, for k and v) where it has heads."
         )
     return tensor
 

@@ -49,8 +49,11 @@ class Mean(HeadEdit):
 
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Put the mean in the place of z."""
-        means = at_site(self.means, site, "mean z", site.heads).to(call.output)
-        if means.ndim == 2:
+        by_position = any(means.ndim == 3 for means in self.means.values())
+        position = (None,) if by_position else ()
+        means = at_site(self.means, site, "mean z", *position, site.heads, site.d_v)
+        means = means.to(call.output)
+        if not by_position:
             return with_z(call, where, means[where.heads].expand_as)
         counted = where.counted
         if where.rows is not None:

@@ -116,7 +116,8 @@ class Patch(_OfKind):
 
     def _taken(self, site: Site, where: Where, batch: int) -> tuple[Tensor, Tensor | None]:
         of_keys = self.kind in ("k", "v")
-        kept = at_site(self.values, site, self.kind, site.groups if of_keys else site.heads)
+        heads, width = _size(self.kind, site)
+        kept = at_site(self.values, site, self.kind, None, heads, None, width)
         check_prompts(kept, batch, site, self.kind)
         places = where.key_places if of_keys else where.row_places
         end = _keys_end(site, where) if of_keys else where.row_places.stop
@@ -155,8 +156,7 @@ class Steer(_OfKind):
         return with_z(call, where, lambda z: z + step)
 
     def _step(self, site: Site) -> Float[Tensor, "heads last"]:
-        heads = site.groups if self.kind in ("k", "v") else site.heads
-        return self.factor * at_site(self.vectors, site, "vector", heads)
+        return self.factor * at_site(self.vectors, site, "vector", *_size(self.kind, site))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ class PatchStream(StreamEdit):
 
     def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
         """Put the kept stream in the place of the model's."""
-        kept = at_site(self.values, site, self.stream)
+        kept = at_site(self.values, site, self.stream, None, None, stream.shape[-1])
         check_prompts(kept, stream.shape[0], site, self.stream)
         places = range(start, start + stream.shape[1])
         taken, covered = taken_at(kept, 1, places, places.stop, start > 0, site, self.stream)
@@ -191,8 +191,15 @@ class SteerStream(StreamEdit):
 
     def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
         """Add the vector."""
-        moved = stream + self.factor * at_site(self.vectors, site, "vector").to(stream)
+        vector = at_site(self.vectors, site, "vector", stream.shape[-1])
+        moved = stream + self.factor * vector.to(stream)
         return moved if rows is None else torch.where(rows[..., None], moved, stream)
+
+
+def _size(kind: Kind, site: Site) -> tuple[int, int | None]:
+    """Heads (groups) and width of a tensor of attention; None for the keys of a pattern."""
+    width = {"q": site.d_qk, "k": site.d_qk, "v": site.d_v, "z": site.d_v}.get(kind)
+    return site.groups if kind in ("k", "v") else site.heads, width
 
 
 def _change_input(
