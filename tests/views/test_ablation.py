@@ -1,0 +1,162 @@
+"""Figures of sweeps, on the hand-wired model: only L0H1 and L1H2 do anything."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import attnlens as al
+from attnlens.errors import InputError
+from attnlens.sweeps.modes import Mode
+from attnlens.tasks import repeated_tokens
+from attnlens.views import show
+from attnlens.views.ablation_parts import INSTEAD
+from attnlens.views.ranking import BETTER, WORSE
+from attnlens.views.report_results import part_of
+from tests.views.models import hand_wired
+
+HEADS = "L0H0,L0H1,L1H2"
+HOW = {"metric": "accuracy"}
+
+
+@cache
+def _task():
+    return repeated_tokens(hand_wired(), 4)
+
+
+@cache
+def _heads():
+    return al.ablate(hand_wired(), _task(), HEADS, **HOW)
+
+
+@cache
+def _groups():
+    groups = {"idle": "L0H0,L1H0", "<circuit>": "L0H1,L1H2"}
+    return al.ablate_groups(hand_wired(), _task(), groups, "mean", **HOW)
+
+
+@cache
+def _pairs():
+    return al.ablate_pairs(hand_wired(), _task(), HEADS, **HOW)
+
+
+@cache
+def _positions():
+    return al.ablate_positions(hand_wired(), _task(), HEADS, [3, -2], **HOW)
+
+
+@cache
+def _set():
+    return al.ablate_together(hand_wired(), _task(), "L0H1,L1H2", **HOW)
+
+
+@cache
+def _edits():
+    lists = {"<b>": (al.Zero("L0H1"), al.Scale("L1", 0.5)), "idle": al.Uniform("L0H0")}
+    return al.try_edits(hand_wired(), _task(), lists, **HOW)
+
+
+EVERY = (_heads, _groups, _pairs, _positions, _set, _edits)
+
+
+@pytest.mark.parametrize("made", EVERY)
+def test_titles_name_task_prompts_and_mode(made):
+    result = made()
+    title = show(result).layout.title.text
+    assert title.endswith("on repeated tokens, 4 prompts")
+    if hasattr(result, "mode"):
+        assert title.startswith(f"{result.mode.value.capitalize()} ablation")
+
+
+def test_groups_are_bars_in_their_order_with_intervals():
+    result = _groups()
+    (bars,) = show(result).data
+    assert list(bars.y) == ["&lt;circuit&gt;", "idle"]  # the first on top
+    assert list(bars.x) == pytest.approx([float(result.effect[1]), 0], abs=1e-6)
+    ends = float(result.high[1] - result.effect[1]), float(result.effect[1] - result.low[1])
+    assert (bars.error_x.array[0], bars.error_x.arrayminus[0]) == pytest.approx(ends)
+    assert bars.marker.color == (WORSE, BETTER)
+    assert bars.customdata[0].endswith("<br>L0H1, L1H2")
+
+
+def test_edits_say_what_they_are_without_becoming_markup():
+    (bars,) = show(_edits()).data
+    assert list(bars.y) == ["idle", "&lt;b&gt;"]
+    assert "Zero" in bars.customdata[1]
+    assert "Scale" in bars.customdata[1]
+    assert float(bars.x[1]) < -0.5
+
+
+def test_a_set_stands_beside_its_random_sets():
+    result = _set()
+    own, others = show(result).data
+    assert list(own.x) == [result.effect]
+    assert list(others.x) == result.control.tolist() == [0.0] * len(result.control_sets)
+    assert others.customdata[0] == ", ".join(map(str, result.control_sets[0]))
+
+
+def test_the_interaction_of_the_circuit_is_what_one_does_for_both():
+    result = _pairs()
+    (heat,) = show(result).data
+    values = np.array(heat.z, dtype=float)
+    lost = float(result.single[1])
+    assert values == pytest.approx(values.T)
+    assert values[0] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert np.diag(values) == pytest.approx(result.single.tolist(), abs=1e-6)
+    # both gone is hardly worse than one gone
+    assert values[1, 2] == pytest.approx(-lost, abs=0.2)
+    text = heat.customdata[1][2]
+    assert text.startswith("<b>L0H1, L1H2</b> interaction 1.00<br>")
+    assert "<br>both −1.00<br>" in text
+    assert "<br>L0H1 by itself −" in text
+    assert "<br>L1H2 by itself −" in text
+    assert heat.customdata[2][2].startswith("<b>L1H2</b> by itself")
+    axis = show(result).layout.coloraxis
+    assert axis.cmin == -axis.cmax
+
+
+def test_positions_are_labelled_with_escaped_tokens():
+    result = replace(_positions(), tokens=("<i>", "\n"))
+    figure = show(result)
+    (heat,) = figure.data
+    assert np.array(heat.z, dtype=float) == pytest.approx(result.effect.numpy(), abs=1e-6)
+    assert list(heat.x) == ["&lt;i&gt;<sub> 3</sub>", "⏎<sub> -2</sub>"]
+    assert list(heat.y) == ["L0H0", "L0H1", "L1H2"]
+    assert heat.customdata[2][1].startswith("<b>L1H2</b> at ⏎<sub> -2</sub>: −0.091<br>")
+
+
+def test_what_is_missing_is_empty_and_counted():
+    whole = _heads()
+    ablated = whole.ablated.clone()
+    ablated[2] = torch.nan
+    effect = whole.effect.clone()
+    effect[2] = torch.nan
+    figure = show(replace(whole, ablated=ablated, effect=effect))
+    assert figure.layout.title.text.endswith("4 prompts, 4 of 12 values missing")
+    values = np.array(figure.data[0].z, dtype=float)
+    assert np.isnan(values[1, 2])
+    assert values[0, 1] < -0.5
+    clean = whole.clean.clone()
+    clean[3] = torch.nan
+    part = part_of(replace(whole, clean=clean, ablated=ablated, effect=effect))
+    assert part.lines[0].startswith("Task repeated tokens: accuracy 1.00")
+    assert "3 of 4 prompts" in part.prose
+    with pytest.raises(InputError, match="nothing to draw"):
+        show(replace(_positions(), effect=torch.full_like(_positions().effect, torch.nan)))
+
+
+@pytest.mark.parametrize("made", EVERY)
+def test_every_part_says_that_the_circuit_matters(made):
+    part = part_of(made())
+    said = " ".join(part.lines[1:])
+    assert any(name in said for name in ("L1H2", "L0H1", "<circuit>", "<b>", "the 2 heads at once"))
+    assert "idle" not in said
+    assert "L0H0" not in said
+    assert len(part.figures) >= 1
+    assert all(len(table.frame) for table in part.tables.values())
+
+
+def test_every_mode_is_explained():
+    assert set(INSTEAD) == set(Mode)
