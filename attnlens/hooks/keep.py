@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, Site
 from attnlens.anatomy.weights import output_weight
 from attnlens.errors import BudgetError, InputError
+from attnlens.hooks.residual import FINAL, Passing, Stream
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer
 
 KINDS = ("q", "k", "v", "scores", "pattern", "z", "result", "residual")
-FINAL = "final"
-"""Name under which the residual stream that leaves the last block is kept."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def price(
     """Bytes that each kind will take; sites of unknown extent count nothing here."""
     size = request.dtype.itemsize if request.dtype is not None else element
     d_model = anatomy.d_model or 0
-    streams = {name for names in _streams(anatomy, request).values() for name in names}
+    streams = {stream.name for stream in _streams(anatomy, request)}
     costs = dict.fromkeys(request.kinds, 0)
     last = 0
     for site in request.sites:
@@ -208,28 +207,15 @@ class Keep(Observer):
                 f"{self._anatomy.model} holds these sites in no list of blocks, so there is no "
                 "residual stream to keep. Leave 'residual' out."
             )
-        handles: list[Handle] = []
-        for name, sites in streams.items():
-            block = model.get_submodule(name)
-            hook = self._entering(sites)
-            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        handles: list[Handle] = [Passing(model, self._anatomy, streams, self._enter)]
         last = _last_block(self._anatomy, self._request)
         if last is not None:
             block = model.get_submodule(last)
             handles.append(block.register_forward_hook(self._leave))
         return handles
 
-    def _entering(self, names: Sequence[str | None]) -> Callable[..., None]:
-        calls = [0]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            stream = args[0] if args else kwargs["hidden_states"]
-            name = names[calls[0] % len(names)]
-            calls[0] += 1
-            if name is not None:
-                self._store("residual", name, self._rows(stream, axis=1))
-
-        return hook
+    def _enter(self, stream: Stream, tensor: Tensor) -> None:
+        self._store("residual", stream.name, self._rows(tensor, axis=1))
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Keep what the last block returns; of a block that layers share, the last call."""
@@ -298,20 +284,14 @@ class Keep(Observer):
         self.kept[kind][site] = kept
 
 
-def _streams(anatomy: Anatomy, request: Request) -> dict[str, list[str | None]]:
-    """For each block, in the order of its calls, the site under which its stream is kept.
-
-    A block with self- and cross-attention has one residual stream entering it, kept under the
-    first of them that is asked for; None where none is.
-    """
+def _streams(anatomy: Anatomy, request: Request) -> tuple[Stream, ...]:
+    """The streams that enter blocks, each of the first of the block's sites asked for."""
     wanted = {site.name for site in request.sites}
-    found: dict[str, dict[int, str | None]] = {}
+    found: dict[tuple[str, int], Stream] = {}
     for site in anatomy.sites:
-        if site.block is not None:
-            calls = found.setdefault(site.block, {})
-            if calls.get(site.call) is None:
-                calls[site.call] = site.name if site.name in wanted else None
-    return {block: list(calls.values()) for block, calls in found.items() if any(calls.values())}
+        if site.block is not None and site.name in wanted:
+            found.setdefault((site.block, site.call), Stream(site))
+    return tuple(found.values())
 
 
 def _last_block(anatomy: Anatomy, request: Request) -> str | None:

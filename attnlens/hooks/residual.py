@@ -16,6 +16,7 @@ from attnlens.errors import SeamError, UnsupportedModelError
 from attnlens.hooks.session import Handle, Observer
 
 FINAL = "final"
+"""Name of the stream that leaves a last block."""
 
 
 @dataclass(frozen=True)

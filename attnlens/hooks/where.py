@@ -93,7 +93,7 @@ class Running:
             _listen(model, enter),
             model.register_forward_hook(leave, always_call=True),
         ]
-        if getattr(model.config, "is_encoder_decoder", False):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder: Any = model.get_encoder()  # type: ignore[operator]
             handles += [_listen(encoder, encode)] if encoder is not model else []
         return handles
