@@ -91,4 +91,8 @@ def run_trials(
 def _work(
     job: Sweep, take: Take, done: NDArray[np.bool_] | None, progress: Progress | None
 ) -> None:
-    job.run(take, done, progress)
+    if job.settings.ray is None:
+        return job.run(take, done, progress)
+    from attnlens.sweeps.spread import spread
+
+    return spread(job, take, done, progress)
