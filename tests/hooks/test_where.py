@@ -220,6 +220,44 @@ def test_with_a_cache_as_without(name: str, make: Any) -> None:
     assert not torch.equal(plain, found)
 
 
+def test_what_is_kept_of_a_prompt_leaves_its_answer_alone() -> None:
+    subject = lens("llama")
+    theirs = subject.run(IDS + 30, keep=("q", "k", "z", "pattern", "residual"))
+    for make in (
+        lambda **at: al.Patch("L1", "q", theirs.q, **at),
+        lambda **at: al.Patch("L1", "z", theirs.z, **at),
+        lambda **at: al.Patch("L1", "pattern", theirs.pattern, **at),
+        lambda **at: al.PatchStream("L1", values=theirs.residual, **at),
+    ):
+        with subject.edit(make()):
+            found = answer(subject, IDS)
+        with subject.edit(make(phase="prefill")):
+            assert torch.equal(found, answer(subject, IDS))
+    # Keys of the prompt are seen by the answer, too.
+    with subject.edit(al.Patch("L1", "k", theirs.k)):
+        found = answer(subject, IDS)
+    with subject.edit(al.Patch("L1", "k", theirs.k, keys=slice(0, 12))):
+        assert torch.equal(found, answer(subject, IDS))
+    with subject.edit(al.Patch("L1", "k", theirs.k, phase="prefill")):
+        assert not torch.equal(found[1:], answer(subject, IDS)[1:])
+
+
+def test_a_longer_text_serves_where_later_tokens_do_not_matter() -> None:
+    for name in ("llama", "bert"):
+        subject = lens(name)
+        long = torch.arange(40, 55)[None]
+        kept, short = subject.run(long, keep="k").k, subject.run(long[:, :12], keep="k").k
+        if name == "bert":
+            says = "k for L0 covers 15 positions and the input has 12"
+            with pytest.raises(InputError, match=says), subject.edit(al.Patch("L0", "k", kept)):
+                subject.run(IDS)
+            continue
+        with subject.edit(al.Patch("L0", "k", kept)):
+            found = subject.run(IDS, keep="z").z["L0"]
+        with subject.edit(al.Patch("L0", "k", short)):
+            torch.testing.assert_close(found, subject.run(IDS, keep="z").z["L0"])
+
+
 def test_decoding_by_the_lens_is_edited_too() -> None:
     subject = lens("llama")
     edit = al.Zero("L0", phase="decode")
