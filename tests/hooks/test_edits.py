@@ -458,6 +458,24 @@ def test_two_biases_add_and_a_large_one_hides() -> None:
     torch.testing.assert_close(doubled[1:, 0] / (1 - doubled[1:, 0]), 2 * odds)
 
 
+@pytest.mark.parametrize("kind", ["q", "k", "v", "z"])
+def test_only_the_named_heads_and_places_are_patched(kind: str) -> None:
+    """Of a padded prompt; its padding stays, also where all places are named."""
+    subject = lens("llama")
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[0, 9:] = 0
+    given = {"input_ids": IDS, "attention_mask": mask}
+    mine, theirs = subject.run(given, keep=kind)[kind]["L1"], kept(subject, kind)[kind]
+    heads, own = ("L1H3", 1) if kind in ("k", "v") else ("L1H3", 3)
+    for places, chosen in (([1, -1], [1, 8]), (None, list(range(9)))):
+        at = {"keys" if kind in ("k", "v") else "queries": places}
+        with subject.edit(al.Patch(heads, kind, theirs, **at)):  # type: ignore[arg-type]
+            found = subject.run(given, keep=kind)[kind]["L1"]
+        wanted = mine.clone()
+        wanted[:, own, chosen] = theirs["L1"][:, own, chosen]
+        assert torch.equal(found, wanted)
+
+
 def test_columns_of_a_pattern_are_patched_alone() -> None:
     subject = lens("llama")
     mine, theirs = kept(subject, "pattern", ids=IDS).pattern, kept(subject, "pattern").pattern
