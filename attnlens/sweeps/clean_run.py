@@ -23,8 +23,9 @@ from attnlens.sweeps.stack import Stack
 from attnlens.tasks import Task
 
 # A restarted run repeats the operations of the full one on the same numbers; products of another
-# height may round otherwise, and each layer carries that on.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# height may round otherwise, and each layer carries that on. Models of float64 do some of it (the
+# routers of experts) in float32.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)

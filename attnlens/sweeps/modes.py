@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -38,8 +39,8 @@ class Mode(StrEnum):
     """Nothing, while all later heads attend as they did before."""
 
 
-EditsFor = Callable[[Lens, slice, Sequence[Head]], Sequence[Edit]]
-"""The edits that ablate some heads on some prompts of a task."""
+_ALL = 1 << 60
+"""Bytes that a donor may keep; a sweep keeps as much of each clean run, and sees memory run out."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Donor:
             width = int(part.mask.sum(1).max())
             inputs = part.corrupt_inputs() if self.corrupt else part.clean_inputs()
             cut = {name: tensor[:, :width] for name, tensor in inputs.items()}
-            self._kept = lens.run(cut, keep=self.kinds).kept
+            self._kept = lens.run(cut, keep=self.kinds, budget=_ALL).kept
             self._prompts = prompts
         return self._kept
 
@@ -71,11 +72,18 @@ class Donor:
 
 @dataclass(frozen=True)
 class Ablator:
-    """Makes the trials of one mode on one task; built by `Ablator.of`."""
+    """Makes the trials of one mode on one task; built by `Ablator.of`.
+
+    `shortest` is the length of the task's shortest prompt; before position `same` no prompt differs
+    from its corrupt twin; `reference` is the digest of the prompts that means were given of.
+    """
 
     mode: Mode
+    shortest: int
+    same: int
     means: Mapping[str, Tensor] | None = None
     donor: Donor | None = None
+    reference: str | None = None
 
     @classmethod
     def of(
@@ -90,17 +98,20 @@ class Ablator:
         if mode not in list(Mode):
             raise InputError(f"There is no ablation {mode!r}; choose {', '.join(Mode)}.")
         mode = Mode(mode)
+        differs = ((task.clean != task.corrupt) & task.mask).any(0).nonzero()
+        shortest = int(task.mask.sum(1).min())
+        about = shortest, int(differs[0]) if len(differs) else shortest
         if mode in (Mode.MEAN, Mode.POSITION_MEAN):
             given = task.corrupt_inputs() if reference is None else reference
             means = lens.mean_z(given, by_position=mode is Mode.POSITION_MEAN)
-            return cls(mode, means)
+            return cls(mode, *about, means, None, _digest(lens, reference))
         if reference is not None:
             raise InputError(f"Mode {mode} takes no reference; the two means do.")
         if mode is Mode.RESAMPLE:
-            return cls(mode, donor=Donor(task, ("z",), corrupt=True))
+            return cls(mode, *about, donor=Donor(task, ("z",), corrupt=True))
         if mode is Mode.FROZEN:
-            return cls(mode, donor=Donor(task, ("q", "k"), corrupt=False))
-        return cls(mode)
+            return cls(mode, *about, donor=Donor(task, ("q", "k"), corrupt=False))
+        return cls(mode, *about)
 
     def trial(
         self, heads: Sequence[Head], name: str | None = None, position: int | None = None
@@ -110,9 +121,17 @@ class Ablator:
         about = {"mode": str(self.mode), "heads": text}
         if position is not None:
             about["position"] = str(position)
+        if self.reference is not None:
+            about["reference"] = self.reference
         edits = _Made(self, tuple(heads), position)
-        start = position if position is not None and position > 0 else 0
-        return Trial(name or text, edits, about, start)
+        return Trial(name or text, edits, about, self._start(position))
+
+    def _start(self, position: int | None) -> int:
+        """The first position that the ablation may change, in any prompt."""
+        start = 0 if self.mode is not Mode.RESAMPLE else self.same
+        if position is None:
+            return start
+        return max(start, position if position >= 0 else self.shortest + position)
 
     def edits(
         self, lens: Lens, prompts: slice, heads: Sequence[Head], queries: Positions = None
@@ -158,3 +177,15 @@ class _Made:
 
     def __call__(self, lens: Lens, prompts: slice) -> tuple[Edit, ...]:
         return self.ablator.edits(lens, prompts, self.heads, self.position)
+
+
+def _digest(lens: Lens, reference: Inputs | None) -> str | None:
+    """What tells one reference from another; the task's own prompts are told with the task."""
+    if reference is None:
+        return None
+    whole = hashlib.sha256()
+    for name, value in sorted(lens.encode(reference).inputs.items()):
+        if isinstance(value, Tensor):
+            numbers = value.detach().double().cpu().contiguous().numpy()
+            whole.update(f"{name} {numbers.shape}".encode() + numbers.tobytes())
+    return whole.hexdigest()[:16]

@@ -91,8 +91,10 @@ def _rows_of(asked: _Kind, rows: slice) -> _Kind:
     """A call cut to some rows of its batch."""
 
     def part(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and value.ndim and value.shape[0] == asked.query.shape[0]
-        return value[rows] if whole else value
+        # Of what a kernel is given, tensors of four axes have one for prompts: queries, keys,
+        # values, masks and biases. Learned sinks may be as many as there are rows, by chance.
+        whole = isinstance(value, Tensor) and value.ndim == 4
+        return value[rows] if whole and value.shape[0] == asked.query.shape[0] else value
 
     cut: dict[str, Any] = {
         field.name: part(getattr(asked, field.name))

@@ -163,7 +163,7 @@ class Sweep:
         places: dict[tuple[int, int], list[int]] = {}
         for number in wanted:
             trial = self.trials[number]
-            edits = trial.of_prompts(self.lens, prompts, clean.width)
+            edits = self._edits(clean, prompts, number)
             start = shared_positions(clean, trial.start) if self._prefix else 0
             places.setdefault((start, order[clean.first_site(edits)]), []).append(number)
         run = clean
@@ -171,8 +171,16 @@ class Sweep:
             if start != run.first:
                 run = self._after_prefix(clean, start)
             numbers = places[start, site]
-            trials = [self.trials[n].of_prompts(self.lens, prompts, clean.width) for n in numbers]
-            yield run, clean.anatomy.sites[site].name, list(zip(numbers, trials, strict=True))
+            group = [(number, self._edits(clean, prompts, number)) for number in numbers]
+            yield run, clean.anatomy.sites[site].name, group
+
+    def _edits(self, clean: CleanRun, prompts: slice, number: int) -> tuple[Edit, ...]:
+        try:
+            return self.trials[number].of_prompts(self.lens, prompts, clean.width)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise self._too_large(clean.task) from error
+            raise
 
     def _after_prefix(self, clean: CleanRun, start: int) -> CleanRun:
         """The clean run from a position on; that of all positions where this model has none."""
