@@ -466,14 +466,29 @@ def test_only_the_named_heads_and_places_are_patched(kind: str) -> None:
     mask[0, 9:] = 0
     given = {"input_ids": IDS, "attention_mask": mask}
     mine, theirs = subject.run(given, keep=kind)[kind]["L1"], kept(subject, kind)[kind]
-    heads, own = ("L1H3", 1) if kind in ("k", "v") else ("L1H3", 3)
+    own = 1 if kind in ("k", "v") else 3
     for places, chosen in (([1, -1], [1, 8]), (None, list(range(9)))):
         at = {"keys" if kind in ("k", "v") else "queries": places}
-        with subject.edit(al.Patch(heads, kind, theirs, **at)):  # type: ignore[arg-type]
+        with subject.edit(al.Patch("L1H3", kind, theirs, **at)):  # type: ignore[arg-type]
             found = subject.run(given, keep=kind)[kind]["L1"]
         wanted = mine.clone()
         wanted[:, own, chosen] = theirs["L1"][:, own, chosen]
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["q", "k", "v", "z"])
+def test_steering_adds_the_vector_of_each_head(kind: str) -> None:
+    subject = lens("llama")
+    mine = subject.run(IDS, keep=kind)[kind]["L1"]
+    vectors = torch.randn(mine.shape[1], 8, generator=torch.Generator().manual_seed(0))
+    own = [1] if kind in ("k", "v") else [2, 3]
+    at = {"keys" if kind in ("k", "v") else "queries": slice(3, 5)}
+    edit = al.Steer("L1H2,L1H3", kind, {"L1": vectors}, -2.0, **at)  # type: ignore[arg-type]
+    with subject.edit(edit):
+        found = subject.run(IDS, keep=kind)[kind]["L1"]
+    wanted = mine.clone()
+    wanted[:, own, 3:5] -= 2 * vectors[own][:, None]
+    torch.testing.assert_close(found, wanted)
 
 
 def test_columns_of_a_pattern_are_patched_alone() -> None:
