@@ -34,7 +34,7 @@ def run_sweep(
     check_place(out, asked.resume)
     lens = opened()
     heads = lens.anatomy.find(asked.heads)
-    with steps(f"Building {asked.prompts} prompts"):
+    with steps(f"Building prompts of the task {asked.task}"):
         task = build_task(lens, asked.task, asked.prompts, asked.seed)
     if task is None:
         raise InputError(f"This model cannot be graded: {no_grading(lens)}.")

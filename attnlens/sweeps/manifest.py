@@ -149,12 +149,12 @@ class Manifest:
             ) from error
 
     def _facts(self) -> dict[str, Any]:
-        """All that has to agree."""
+        """All that has to agree; what a person chose before the digests that follow from it."""
         return {
-            "model": dict(self.model),
-            "task": dict(self.task),
             "prompts": self.prompts,
             "seed": self.seed,
+            "model": dict(self.model),
+            "task": dict(self.task),
             "settings": dict(self.settings),
             "trials": [{"name": name, "edits": edits} for name, edits in self.trials],
         }

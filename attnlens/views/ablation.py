@@ -45,7 +45,7 @@ Grid = Float[np.ndarray, "row column"]
 def show_groups(result: GroupAblation) -> go.Figure:
     """Effect of each group with its interval, in the order in which they were given."""
     listed = [heads_text(heads) for heads in result.groups]
-    title = f"{mode_name(result.mode)} ablation of {_count(len(listed), 'group')}"
+    title = f"{mode_name(result.mode)} ablation of {_count(len(listed), group_word(result))}"
     return _bars(result, result.ablated, result.names, listed, title)
 
 
@@ -116,6 +116,15 @@ def show_positions(result: PositionAblation) -> go.Figure:
     figure.update_yaxes(ticksuffix=" ")
     figure.update_layout(margin={"b": 100})
     return figure
+
+
+def group_word(result: GroupAblation) -> str:
+    """What a group is: a layer where each is named after the one that its heads are in."""
+    layers = all(
+        {head.site for head in heads} == {name}
+        for name, heads in zip(result.names, result.groups, strict=True)
+    )
+    return "layer" if layers else "group"
 
 
 def heads_text(heads: Sequence[Head]) -> str:

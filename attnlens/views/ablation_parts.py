@@ -14,6 +14,7 @@ from attnlens.analyses.ablation_pairs import PairAblation
 from attnlens.analyses.ablation_positions import PositionAblation
 from attnlens.analyses.edit_effects import EditEffects
 from attnlens.sweeps.modes import Mode
+from attnlens.views.ablation import group_word
 from attnlens.views.panels import interval_text, number_text
 from attnlens.views.ranking import (
     METRICS,
@@ -81,12 +82,13 @@ def _(result: GroupAblation) -> Part:
     frame = result.to_frame()
     found = costly(_records(frame), result.metric)[:MOST]
     lines = [f"Ablating {r['group']} as a whole {cost_text(r, result.metric)}." for r in found]
+    word = group_word(result)
     return Part(
-        title=f"{mode_name(result.mode)} ablation of groups",
-        lines=(*task_lines(result, None), *(lines or ["No group's interval lies clear of 0."])),
-        prose=_prose(result, "All heads of a group are ablated at once"),
+        title=f"{mode_name(result.mode)} ablation of {word}s",
+        lines=(*task_lines(result, None), *(lines or [f"No {word}'s interval lies clear of 0."])),
+        prose=_prose(result, f"All heads of a {word} are ablated at once"),
         figures={"groups": Drawn(show(result), "Lines are 95 % intervals.")},
-        tables={"groups": Table(frame, "effect of each group", headings=BOUNDS)},
+        tables={"groups": Table(frame, f"effect of each {word}", headings=BOUNDS)},
         notes=result.notes,
     )
 

@@ -188,11 +188,13 @@ def costly(records: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any
 def cost_text(record: dict[str, Any], metric: str) -> str:
     """`costs 2.00 nats of loss (1.90 to 2.10; random heads of its layer 0.00)`."""
     name, unit, worse = METRICS[metric]
-    bounds = _bounds(record["effect_low"] * worse, record["effect_high"] * worse)
-    text = f"costs {_amount(record['effect'], unit)} of {name} ({bounds}"
+    beside: list[str] = []
+    if not math.isnan(record["effect_low"]):
+        beside.append(_bounds(record["effect_low"] * worse, record["effect_high"] * worse))
     if not math.isnan(record.get("control", math.nan)):
-        text += f"; random heads of its layer {number_text(record['control'] * worse)}"
-    return text + ")"
+        beside.append(f"random heads of its layer {number_text(record['control'] * worse)}")
+    text = f"costs {_amount(record['effect'], unit)} of {name}"
+    return text + (f" ({'; '.join(beside)})" if beside else "")
 
 
 def together_line(ablation: SetAblation) -> str:

@@ -23,7 +23,7 @@ MOST_ROWS = 200
 """Rows of a table that the page shows; the files hold all."""
 WHOLE = {
     "layer", "index", "prompt", "position", "strongest", "text", "prompts", "channel", "arcs",
-    "offset", "length", "depth", "counted", "runs", "apart", "partner", "tokens",
+    "offset", "length", "depth", "counted", "runs", "apart", "partner", "tokens", "heads",
 }  # fmt: skip
 """Columns of numbers that are written as they are."""
 

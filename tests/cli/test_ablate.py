@@ -199,9 +199,15 @@ def test_another_sweep_is_not_mixed_in(run, refused, wired_model, tmp_path):
     assert "add --resume to go on with it" in said
     assert f"attnlens ablate --show {out}" in said
     assert "Opening" not in said  # refused before the model is opened
-    for other in (["--mode", "mean"], ["--seed", "1"], ["--by", "layers"], ["--heads", "L1"]):
+    for other, told in (
+        (["--mode", "mean"], 'settings.mode is "zero" there and "mean" here'),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
+        (["--prompts", "5"], "prompts is 4 there and 5 here"),
+        (["--by", "layers"], 'settings.kind is "heads" there'),
+        (["--heads", "L1"], "settings.heads"),
+    ):
         said = refused(*asked, *other, "--resume")
-        assert "holds another sweep" in said
+        assert f"holds another sweep: {told}" in said
         assert "This goes on" not in said
 
 

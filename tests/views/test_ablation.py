@@ -81,6 +81,13 @@ def test_groups_are_bars_in_their_order_with_intervals():
     assert bars.customdata[0].endswith("<br>L0H1, L1H2")
 
 
+def test_groups_that_are_layers_are_called_so():
+    layers = al.ablate_layers(hand_wired(), _task(), "L1", **HOW)
+    assert show(layers).layout.title.text.startswith("Zero ablation of 1 layer on")
+    assert show(_groups()).layout.title.text.startswith("Mean ablation of 2 groups on")
+    assert part_of(layers).title == "Zero ablation of layers"
+
+
 def test_edits_say_what_they_are_without_becoming_markup():
     (bars,) = show(_edits()).data
     assert list(bars.y) == ["idle", "&lt;b&gt;"]
