@@ -53,10 +53,10 @@ def check_names(reducers: Sequence[Reducer]) -> None:
         )
 
 
-def parse_bytes(budget: str | int) -> int:
+def parse_bytes(budget: str | float) -> int:
     """`"2GB"`, `"500 MB"` or a number of bytes."""
-    if isinstance(budget, int):
-        return budget
+    if isinstance(budget, int | float):
+        return int(budget)
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", budget)
     if found is None:
         raise InputError(f"Cannot read the budget {budget!r}. Write '2GB' or '500MB'.")

@@ -100,7 +100,7 @@ class Lens:
         layers: HeadSpec | int | None = None,
         heads: HeadSpec | None = None,
         rows: int | slice | Sequence[int] | None = None,
-        budget: str | int = "2GB",
+        budget: str | float = "2GB",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> Trace:
@@ -176,7 +176,7 @@ class Lens:
         columns = {reducer.name: reducer.columns for reducer in reducers}
         return Statistics(anatomy, whole.tokens, whole.lengths, values, columns)
 
-    def record(self, inputs: Inputs, budget: str | int = "2GB") -> Recorded:
+    def record(self, inputs: Inputs, budget: str | float = "2GB") -> Recorded:
         """Run the model and keep what every block and attention module returned, for `restart`.
 
         About `tokens x layers x (d_model + widths of q, k, v and z)` numbers; over `budget` bytes

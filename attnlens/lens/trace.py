@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnlens.anatomy import Anatomy
+from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import HeadError, InputError
 from attnlens.hooks.restart import Recording
-from attnlens.hooks.tokens import Sides
+from attnlens.hooks.tokens import Sides, Tokens
+from attnlens.lens.asked import check_prompts
 from attnlens.lens.inputs import Batch
 
 
@@ -131,26 +132,56 @@ class Trace:
         return self["residual"]
 
     def to_frame(self, kind: str = "pattern", prompt: int = 0) -> pd.DataFrame:
-        """A table of one prompt's weights or scores: site, head, query, key, tokens, value."""
+        """A table of one prompt's weights or scores: site, head, query, key, tokens, value.
+
+        Queries and keys are numbered over real tokens; padding is left out. There are columns of
+        tokens where all rows and keys are of the text.
+
+        Raises:
+            InputError: another kind, no such prompt, or sites that attend in pieces of prompts.
+
+        """
         if kind not in ("pattern", "scores"):
             raise InputError(f"Only 'pattern' and 'scores' are tables of tokens, not {kind!r}.")
-        length = self.lengths[prompt]
-        words = self.tokens[prompt] if self.tokens else tuple(map(str, range(length)))
-        queries = self.rows[prompt] if self.rows is not None else tuple(range(length))
+        count = len(self.lengths)
+        if not -count <= prompt < count:
+            raise InputError(f"There is no prompt {prompt}; the run has {count}, from 0.")
+        check_prompts({kind: self[kind]}, count)
         frames: list[pd.DataFrame] = []
-        for site, tensor in self[kind].items():
-            own = tensor[prompt, :, : len(queries), :length].float().cpu()
+        for name, tensor in self[kind].items():
+            site = self.anatomy[name]
+            places, queries = self._rows(site, prompt, tensor.shape[2])
+            keys = _real_places(self.sides.keys(site).cut(tensor.shape[3]), prompt, tensor.shape[3])
+            own = tensor[prompt][:, places][:, :, keys].float().cpu()
             index = pd.MultiIndex.from_product(
-                [[site], self.heads[site], queries, range(own.shape[-1])],
+                [[name], self.heads[name], queries, range(len(keys))],
                 names=["site", "head", "query", "key"],
             )
             frame = pd.DataFrame({kind: own.flatten().numpy()}, index=index).reset_index()
             frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
-        if not any("." in site for site in self[kind]):
+        if self.tokens and not any("." in site for site in self[kind]):
+            words = self.tokens[prompt]
             table.insert(3, "query_token", [words[i] for i in table["query"]])
             table.insert(5, "key_token", [words[i] for i in table["key"]])
         return table
+
+    def _rows(self, site: Site, prompt: int, kept: int) -> tuple[list[int], list[int]]:
+        """A prompt's rows among those kept at a site, and their numbers among its real tokens."""
+        tokens = self.sides.queries(site)
+        if self.rows is None:
+            places = _real_places(tokens.cut(kept), prompt, kept)
+            return places, list(range(len(places)))
+        wanted = self.rows[prompt]
+        real = _real_places(tokens, prompt, max(wanted) + 1)
+        return list(range(kept)), [real.index(place) for place in wanted]
+
+
+def _real_places(tokens: Tokens, prompt: int, size: int) -> list[int]:
+    """Which positions of a prompt are real; all of `size` where nothing is padded."""
+    if tokens.real is None:
+        return list(range(size))
+    return tokens.real[prompt].nonzero()[:, 0].tolist()
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,14 @@ def test_over_budget(lens: Lens) -> None:
 
 @pytest.mark.parametrize(
     ("written", "count"),
-    [("2GB", 2 * 10**9), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("12", 12), (7, 7)],
+    [
+        ("2GB", 2 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("1.5kB", 1500),
+        ("12", 12),
+        (7, 7),
+        (2e9, 2 * 10**9),
+    ],
 )
 def test_budgets(written: str | int, count: int) -> None:
     assert parse_bytes(written) == count
@@ -236,6 +243,50 @@ def test_a_trace_as_a_table(lens: Lens) -> None:
     own = table[(table["head"] == 0) & (table["key"] == 1)].iloc[0]
     assert own["pattern"] == pytest.approx(float(trace.pattern["L1"][0, 1, 0, 1]))
     assert (own["query_token"], own["key_token"]) == ("22", "21")
+
+
+@pytest.mark.parametrize("rows", [None, slice(-2, None)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_table_of_a_padded_prompt_is_that_of_the_prompt_alone(
+    lens: Lens, side: str, rows: slice | None
+) -> None:
+    pad, real = ([0, 0], [20, 21, 22])
+    parts = pad + real if side == "left" else real + pad
+    inputs = {
+        "input_ids": [parts, [20, 21, 22, 23, 24]],
+        "attention_mask": [[int(part > 0) for part in parts], [1] * 5],
+    }
+    for kind in ("pattern", "scores"):
+        alone = lens.run(real, keep=kind, rows=rows).to_frame(kind)
+        padded = lens.run(inputs, keep=kind, rows=rows).to_frame(kind)
+        values = padded.pop(kind), alone.pop(kind)
+        assert padded.equals(alone)
+        # float32 scores, up to some units, of rotary tables that begin elsewhere
+        assert values[0].to_numpy() == pytest.approx(values[1].to_numpy(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_a_table_has_the_rows_and_keys_of_each_site(name: str) -> None:
+    model = ARCHITECTURES[name].build()
+    inputs = ARCHITECTURES[name].inputs(model)
+    trace = Lens(model, example=inputs).run(inputs, keep="pattern")
+    table = trace.to_frame(prompt=-1).set_index(["site", "head", "query", "key"])
+    for site, pattern in trace.pattern.items():
+        own = table.loc[site]["pattern"].to_numpy().reshape(pattern.shape[1:])
+        assert (own == pattern[-1].numpy()).all()
+
+
+def test_tables_that_cannot_be_made_are_refused(lens: Lens) -> None:
+    trace = lens.run([20, 21, 22], keep=("pattern", "z"))
+    with pytest.raises(InputError, match="no prompt 1; the run has 1"):
+        trace.to_frame(prompt=1)
+    with pytest.raises(InputError, match="not 'z'"):
+        trace.to_frame("z")
+    model = ARCHITECTURES["swin"].build()
+    inputs = ARCHITECTURES["swin"].inputs(model)
+    pieces = Lens(model, example=inputs).run(inputs, keep="pattern")
+    with pytest.raises(InputError, match="pieces"):
+        pieces.to_frame()
 
 
 def test_statistics_as_a_table(lens: Lens) -> None:
