@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from attnlens.anatomy import Anatomy, HeadSpec, Site
-from attnlens.errors import InputError
+from attnlens.errors import InputError, SeamError
+from attnlens.hooks.edits import Editor
 from attnlens.hooks.reducers import Reducer
+from attnlens.hooks.restart import Recording
 
 
 def choose(
@@ -38,6 +40,21 @@ def check_prompts(results: Mapping[str, Mapping[str, Tensor]], prompts: int) -> 
                     f"{site} attends in {tensor.shape[0]} pieces where there are {prompts} prompts "
                     "(windows of an image, or all images in one row), so its statistics cannot be "
                     "told apart by prompt. Name the layers of another stack: layers=..."
+                )
+
+
+def check_edits(
+    editors: Iterable[Editor], anatomy: Anatomy, recording: Recording, site: Site
+) -> None:
+    """Raise where an edit is on at what a forward that goes on from a site does not compute."""
+    for editor in editors:
+        places = [("head", name) for name in sorted(editor.sites)]
+        for what, name in [*places, *editor.stream_places]:
+            own = anatomy[name]
+            if recording.skips(site.name, own.block if what == "mlp" else own.module):
+                raise SeamError(
+                    f"An edit is on at {name}, and a forward that goes on from {site.name} does "
+                    f"not compute it. Go on from {name}, or leave the edit out."
                 )
 
 

@@ -32,7 +32,7 @@ from attnlens.hooks.reads import ReadRows
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.restart import Record, Restart
 from attnlens.hooks.session import Observer, Session
-from attnlens.lens.asked import check_names, check_prompts, choose, parse_bytes
+from attnlens.lens.asked import check_edits, check_names, check_prompts, choose, parse_bytes
 from attnlens.lens.decode import Decoded, Decoder, end_ids
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
 from attnlens.lens.trace import Recorded, SiteTensors, Statistics, Trace
@@ -51,7 +51,7 @@ class Lens:
         self.anatomy: Anatomy = _examine(model, self._example, made_up=example is None)
         self._anatomies = {_modality(self._example): self.anatomy}
         self._encoder = Encoder(model, tokenizer, self.anatomy.context)
-        self._edits = 0
+        self._editors: list[Editor] = []
 
     @property
     def device(self) -> torch.device:
@@ -197,12 +197,20 @@ class Lens:
         Edits of `lens.edit` at this layer and above act; `layer` is a number or a site's name.
 
         Raises:
+            InputError: a trace that `record` did not make.
+            SeamError: an edit is on below this layer.
             UnsupportedModelError: the model's layers are no stack (one block serves several).
 
         """
-        site = self.anatomy_for(trace.batch)[layer]
-        again = Restart(trace.recording, site)
-        with Session(self.model, self.anatomy_for(trace.batch), [again, *observers]):
+        if not isinstance(trace, Recorded):
+            raise InputError(
+                f"A forward goes on from what lens.record(inputs) kept, not from "
+                f"{type(trace).__name__}."
+            )
+        anatomy = self.anatomy_for(trace.batch)
+        site = anatomy[layer]
+        check_edits(self._editors, anatomy, trace.recording, site)
+        with Session(self.model, anatomy, [Restart(trace.recording, site), *observers]):
             return self._forward(trace.batch)
 
     def observe(self, batch: Batch, *observers: Observer) -> Any:
@@ -220,17 +228,18 @@ class Lens:
         `with lens.edit(al.Zero("L3H5"), al.Scale("L4", 2.0)): ...`. Afterwards the model is as it
         was; a block in which an edited site never ran raises SeamError.
         """
-        with Session(self.model, self.anatomy, [Editor(self.anatomy, edits, self.mlp_names)]):
-            self._edits += 1
+        editor = Editor(self.anatomy, edits, self.mlp_names)
+        with Session(self.model, self.anatomy, [editor]):
+            self._editors.append(editor)
             try:
                 yield
             finally:
-                self._edits -= 1
+                self._editors.remove(editor)
 
     @property
     def edited(self) -> bool:
         """Whether a block of `edit` is running."""
-        return self._edits > 0
+        return bool(self._editors)
 
     def mean_z(
         self, inputs: Inputs, batch_size: int = 8, by_position: bool = False
