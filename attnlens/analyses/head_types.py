@@ -23,6 +23,7 @@ from attnlens.analyses.per_head import (
     within_tokens,
 )
 from attnlens.anatomy import Head, Site
+from attnlens.anatomy.placed import weight_of
 from attnlens.anatomy.weights import HeadWeights, input_major
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.reducers import DuplicateMass, InductionMass, OffsetMass
@@ -144,7 +145,8 @@ def copying_scores(
     name = lens.anatomy.unembedding
     if name is None:
         return scores, ("No copying scores: the model has no unembedding.",)
-    weight = embedding.weight.detach() if isinstance(embedding, nn.Embedding) else None
+    known = isinstance(embedding, nn.Embedding)
+    weight = weight_of(embedding, "weight").detach() if known else None
     unembed = input_major(lens.model.get_submodule(name)).detach()
     if weight is None or weight.shape[1] != unembed.shape[0]:
         return scores, ("No copying scores: embedding and unembedding differ in width.",)

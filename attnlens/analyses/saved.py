@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from attnlens.anatomy.placed import weight_names, weight_of
 from attnlens.errors import FileError, InputError
 from attnlens.files import write_atomically
 from attnlens.lens import Lens
@@ -148,7 +149,8 @@ def check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def fingerprint(lens: Lens) -> dict[str, str]:
     """Model and tokenizer in short: names, shapes and a sample of every weight; a text's ids."""
     digest = hashlib.sha256()
-    for name, weight in lens.model.named_parameters():
+    for name in weight_names(lens.model):
+        weight = weight_of(lens.model, name)
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 64)][:65]

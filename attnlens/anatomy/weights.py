@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attnlens.anatomy.placed import weight_of
 from attnlens.anatomy.sites import Site
 from attnlens.errors import UnsupportedModelError
 
@@ -73,8 +74,7 @@ class HeadWeights:
 
 def input_major(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     """The weight of a linear module as `input output`: Conv1D stores it so, Linear transposed."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module, "weight")
     return weight if type(module).__name__ == "Conv1D" else weight.T
 
 

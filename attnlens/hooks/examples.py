@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnlens.anatomy.placed import input_device
 from attnlens.errors import UnsupportedModelError
 
 LENGTH = 9
@@ -20,7 +21,7 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     """
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
-    device = next(model.parameters()).device
+    device = input_device(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
+from attnlens.anatomy.placed import input_device
 from attnlens.errors import InputError
 from attnlens.hooks.keep import Extent
 from attnlens.hooks.tokens import Sides
@@ -124,7 +125,7 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     def encode(self, inputs: Inputs) -> Batch:
         """Tokenise, pad, check and move to the model's device."""

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
+from attnlens.anatomy.placed import laid_out, weight_names, weight_of
 from attnlens.errors import FileError, InputError, UnsupportedModelError, WeightsError
 from attnlens.hooks.probe import refuse_bridge
 from attnlens.lens.lens import Lens
@@ -28,28 +30,34 @@ def load(
     dtype: str | torch.dtype | None = None,
     example: Mapping[str, Any] | None = None,
     check: bool = True,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Lens:
     """Open a model: a local folder, a hub name, or a transformers model that is loaded already.
 
     `tokenizer` is one of transformers' or a path; it is looked for beside the model where it is not
     given. A model from a folder goes to the GPU where there is one. `example` is an input as the
     model's processor makes it, for models whose input attnlens cannot make up. With `check` the
-    self-check runs and an instrument that would not be exact is refused.
+    self-check runs and an instrument that would not be exact is refused. `device_map` ("auto", or
+    a device by module name) lets accelerate lay a folder's model over several devices, memory and
+    disk.
 
     Raises FileError (no such folder), WeightsError (pickle only, damaged, missing or NaN weights),
     UnsupportedModelError (attention outside the seam, code from strangers), SeamError (self-check),
-    InputError (no such dtype or device).
+    InputError (no such dtype or device, a model laid over devices that is to move).
     """
     place, precision = _device(device), _dtype(dtype)
     if isinstance(model, nn.Module):
         _refuse_foreign(model)
+        _refuse_move(model, place, precision, device_map)
         opened = model
         if precision is not None or place is not None:
             opened = model.to(device=place, dtype=precision)
     else:
         source = _source(model)
-        opened = _open(source, precision)
-        nn.Module.to(opened, place or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _check_map(device_map, place)
+        opened = _open(source, precision, device_map)
+        if device_map is None:
+            nn.Module.to(opened, place or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(source)
     if isinstance(tokenizer, (str, Path)):
         found = _tokenizer(str(tokenizer))
@@ -65,7 +73,8 @@ def load(
 
 def refuse_nan(model: nn.Module) -> None:
     """Raise if a weight is NaN or infinite, naming it."""
-    for name, parameter in model.named_parameters():
+    for name in weight_names(model):
+        parameter = weight_of(model, name)
         # One pass, no mask as large as the weights: a sum is finite only if every part is.
         if not torch.isfinite(parameter.detach().float().sum()) and not bool(
             torch.isfinite(parameter).all()
@@ -84,6 +93,29 @@ def _refuse_foreign(model: nn.Module) -> None:
             f"{type(model).__name__} is no transformers model: it has no config. Load one with "
             "transformers (AutoModelForCausalLM.from_pretrained) or give al.load its folder."
         )
+
+
+def _refuse_move(model: nn.Module, place: Any, precision: Any, device_map: Any) -> None:
+    """A loaded model stays where it is laid; one over several devices stays as it is."""
+    if device_map is not None:
+        raise InputError(
+            "device_map lays out a model while it is loaded: give al.load a folder or a hub name, "
+            "or load with from_pretrained(..., device_map=...) and leave device_map out here."
+        )
+    if (place is not None or precision is not None) and laid_out(model):
+        raise InputError(
+            "A model that accelerate has laid over devices can neither be moved nor change its "
+            "dtype: leave device and dtype out, or load it anew with them."
+        )
+
+
+def _check_map(device_map: str | Mapping[str, Any] | None, place: torch.device | None) -> None:
+    if device_map is None:
+        return
+    if place is not None:
+        raise InputError("Give device or device_map, not both.")
+    if find_spec("accelerate") is None:
+        raise InputError("device_map needs accelerate: pip install accelerate.")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -139,7 +171,9 @@ def _refuse_pickle(folder: Path) -> None:
     raise WeightsError(f"{folder} holds no weights: there is no model.safetensors in it.")
 
 
-def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _open(
+    source: str, dtype: torch.dtype | None, device_map: str | Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     try:
         with _quiet():
             config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -148,6 +182,7 @@ def _open(source: str, dtype: torch.dtype | None) -> PreTrainedModel:
             model, report = kind.from_pretrained(
                 source,
                 dtype=dtype or "auto",
+                device_map=device_map,
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=False,

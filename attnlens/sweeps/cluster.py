@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from attnlens.errors import InputError
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-# The switch by which Ray keeps to the loopback interface, on Linux too.
+# The switch by which Ray keeps to the loopback interface, on Linux too; its processes inherit it.
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
@@ -59,7 +58,7 @@ class Pool:
 def connected(address: str) -> Generator[Any]:
     """Ray, imported and connected; one that we start ends with us and hears this machine alone."""
     local = address == "local"
-    with _environment(_QUIET | (_ALONE if local and "ray" not in sys.modules else {})):
+    with _environment(_QUIET | (_ALONE if local else {})):
         ray = _imported()
         started = not ray.is_initialized()
         if started:
@@ -67,7 +66,8 @@ def connected(address: str) -> Generator[Any]:
             if local:
                 options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             try:
-                ray.init(address=address, **options)
+                with _loopback() if local else nullcontext():
+                    ray.init(address=address, **options)
             except (OSError, RuntimeError, ValueError) as error:
                 raise InputError(
                     f"Ray cannot be reached at {address!r} ({str(error).strip().splitlines()[0]}). "
@@ -78,6 +78,18 @@ def connected(address: str) -> Generator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _loopback() -> Generator[None]:
+    """Have Ray take 127.0.0.1 at its word: it reads the switch when it is first imported."""
+    constants: Any = import_module("ray._private.ray_constants")
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _imported() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlens.anatomy.placed import weight_names, weight_of
 from attnlens.lens import Lens
 from attnlens.tasks import Task
 
@@ -26,13 +27,18 @@ def model_facts(lens: Lens) -> dict[str, Any]:
     """The model's name, a digest of every number in it, and its config.
 
     The digest covers names, shapes, types and all values of parameters and buffers, and is the same
-    on every device. Weights that are not in memory (offloaded) count by name and shape only.
+    on every device, and for weights that accelerate has put away.
     """
     model = lens.model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    weights = weight_names(model)
+    buffers = dict(model.named_buffers())
+
+    def digest(name: str) -> bytes:
+        return _tensor_digest(name, buffers[name] if name in buffers else weight_of(model, name))
+
     # hashlib and copies from a device let other threads run.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda named: _tensor_digest(*named), tensors)
+        digests = pool.map(digest, [*weights, *buffers])
         whole = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
     return {
         "name": lens.anatomy.model,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnlens.anatomy.placed import laid_out
 from attnlens.errors import FileError, InputError
 from attnlens.lens import Lens
 from attnlens.lens.load import load
@@ -50,7 +51,7 @@ class Sent:
         model: Any = job.lens.model
         folder = _folder(model)
         options: dict[str, Any] = {"dtype": next(model.parameters()).dtype}
-        if hasattr(model, "hf_device_map"):
+        if laid_out(model):
             options["device_map"] = "auto"
             if folder is None:
                 raise InputError(

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ LENGTHS = (14, 9, 12, 11, 8, 13)
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """A Ray of two CPUs, as `ray="local"` starts it."""
-    if find_spec("ray") is None:  # to import it here would settle where it listens
-        pytest.skip("Ray is not installed")
+    pytest.importorskip("ray")
     with connected("local") as ray:
         yield ray
 
@@ -125,6 +123,19 @@ def test_a_model_of_a_folder_is_loaded_there_and_must_be_the_same(tmp_path: Path
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(FileError, match="on every machine"):
         sent.open("cpu")
+
+
+def test_a_model_over_several_places_is_laid_out_anew(tmp_path: Path) -> None:
+    model = ARCHITECTURES["llama"].build()
+    model.save_pretrained(tmp_path)
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    lens = al.load(tmp_path, device_map=places)
+    job = Sweep(lens, task_of(lens), trials_of(lens))
+    assert Sent.of(job).open("cpu").lens.model is not lens.model
+    lens.model.name_or_path = ""
+    with pytest.raises(InputError, match="placed over several devices"):
+        Sent.of(job)
 
 
 def test_what_cannot_travel_is_told(small: Sweep) -> None:
