@@ -16,7 +16,13 @@ def code(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/head-profiles.md", "docs/edits.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/head-profiles.md",
+    "docs/edits.md",
+    "docs/ablation.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
