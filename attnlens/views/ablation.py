@@ -1,4 +1,4 @@
-"""Ablation of several heads at once, of pairs, of positions, and effects of any edits."""
+"""Ablation of several heads at once, of pairs, of positions; screening; effects of any edits."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 from torch import Tensor
 
 from attnlens.analyses.ablation_groups import GroupAblation, SetAblation
 from attnlens.analyses.ablation_pairs import PairAblation
 from attnlens.analyses.ablation_positions import PositionAblation
 from attnlens.analyses.edit_effects import EditEffects
+from attnlens.analyses.screening import ScreenedAblation
 from attnlens.anatomy import Head
 from attnlens.errors import InputError
-from attnlens.views.panels import interval_text, number_text
+from attnlens.views.panels import Quantity, add_grid, domains, interval_text, number_text, stack_of
 from attnlens.views.ranking import (
     CONTROL,
     METRICS,
     change_of,
     effect_bars,
+    error_bars,
     missing_text,
     mode_name,
     prompts_text,
     task_name,
 )
 from attnlens.views.shown import show
-from attnlens.views.theme import colour_axis, styled, token_label
+from attnlens.views.theme import INK, colour_axis, styled, token_label
 
 LISTED = 12
 """Heads that a hover text names; of more it says how many."""
@@ -118,6 +121,42 @@ def show_positions(result: PositionAblation) -> go.Figure:
     return figure
 
 
+@show.register
+def show_screened(result: ScreenedAblation) -> go.Figure:
+    """Estimated effect of every head, one grid a stack, and exact effects beside the estimates."""
+    frame = result.to_frame()
+    stacks = list(dict.fromkeys(stack_of(site) for site in frame["site"]))
+    count, metric = len(stacks), result.exact.metric
+    quantity = Quantity("estimate", "estimated effect", METRICS[metric][1], signed=True)
+    agreement = number_text(result.agreement)
+    beside = f"the {len(result.exact.heads)} largest, exactly (rank agreement {agreement})"
+    headings = [quantity.heading(stack) for stack in stacks]
+    figure = make_subplots(
+        count,
+        2,
+        horizontal_spacing=0.16,
+        vertical_spacing=0.3 / count,
+        specs=[[{}, {"rowspan": count} if row == 0 else None] for row in range(count)],
+        subplot_titles=[headings[0], beside, *headings[1:]],
+    )
+    for row, stack in enumerate(stacks, 1):
+        own = frame.loc[[stack_of(site) == stack for site in frame["site"]]]
+        add_grid(figure, own, quantity, row, 1)
+    for trace in _exact_beside(result):
+        figure.add_trace(trace, row=1, col=2)
+    figure.update_xaxes(title="estimate", row=1, col=2)
+    figure.update_yaxes(title=f"exact {change_of(metric)}", row=1, col=2)
+    named = f"Screened {result.exact.mode.value.replace('_', ' ')} ablation"
+    title = f"{named} on {task_name(result.exact)}, {prompts_text(result.exact)}"
+    styled(figure, title, 420 + 180 * (count - 1))
+    layout: Any = figure.layout
+    for number, note in enumerate(layout.annotations):
+        start = domains(figure, 1, 2 if number == 1 else 1)[0][0]
+        note.update(font_size=13, xanchor="left", x=start)
+    figure.update_layout(showlegend=False, margin={"l": 44, "t": 84, "b": 56})
+    return figure
+
+
 def group_word(result: GroupAblation) -> str:
     """What a group is: a layer where each is named after the one that its heads are in."""
     layers = all(
@@ -131,6 +170,37 @@ def heads_text(heads: Sequence[Head]) -> str:
     """The heads by name, or the first of them and how many more."""
     named = ", ".join(map(str, heads[:LISTED]))
     return named + (f" and {len(heads) - LISTED} more" if len(heads) > LISTED else "")
+
+
+def _exact_beside(result: ScreenedAblation) -> list[go.Scatter]:
+    """Exact effects against estimates, over the line on which both agree."""
+    exact = result.exact
+    records: list[dict[str, Any]] = exact.to_frame().to_dict("records")
+    known = dict(zip(result.heads, result.estimate.tolist(), strict=True))
+    estimates = [known[head] for head in exact.heads]
+    ends = [min(estimates), max(estimates)]
+    line = go.Scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        line={"color": CONTROL, "dash": "dot", "width": 1},
+        hoverinfo="skip",
+    )
+    points = go.Scatter(
+        x=estimates,
+        y=[record["effect"] for record in records],
+        error_y=error_bars(records, "effect"),
+        mode="markers+text",
+        text=[str(head) for head in exact.heads],
+        textposition="middle right",
+        cliponaxis=False,
+        textfont={"size": 10},
+        marker={"color": INK, "size": 8},
+        customdata=[interval_text(record, "effect") for record in records],
+        hovertemplate="<b>%{text}</b> exact %{y:.3f} (%{customdata})<br>estimate %{x:.3f}"
+        "<extra></extra>",
+    )
+    return [line, points]
 
 
 def _bars(

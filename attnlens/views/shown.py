@@ -28,6 +28,7 @@ _FAMILIES = {
     "attnlens.analyses.ablation_pairs.PairAblation": "attnlens.views.ablation",
     "attnlens.analyses.ablation_positions.PositionAblation": "attnlens.views.ablation",
     "attnlens.analyses.edit_effects.EditEffects": "attnlens.views.ablation",
+    "attnlens.analyses.screening.ScreenedAblation": "attnlens.views.ablation",
     "attnlens.analyses.importance.GradientImportance": "attnlens.views.importance",
     "attnlens.analyses.pruning.Pruning": "attnlens.views.importance",
     "attnlens.analyses.retrieval.RetrievalHeads": "attnlens.views.retrieval",

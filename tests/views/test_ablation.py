@@ -134,6 +134,19 @@ def test_positions_are_labelled_with_escaped_tokens():
     assert heat.customdata[2][1].startswith("<b>L1H2</b> at ⏎<sub> -2</sub>: −0.091<br>")
 
 
+def test_screening_sets_exact_effects_beside_the_estimates_of_all_heads():
+    result = al.ablate_screened(hand_wired(), _task(), top=3, metric="loss")
+    figure = show(result)
+    grid, line, points = figure.data
+    assert np.array(grid.z, dtype=float).ravel() == pytest.approx(result.estimate.numpy())
+    assert list(points.text) == [str(head) for head in result.exact.heads]
+    assert list(points.y) == pytest.approx(result.exact.effect.tolist())
+    known = dict(zip(map(str, result.heads), result.estimate.tolist(), strict=True))
+    assert list(points.x) == [known[name] for name in points.text]
+    assert list(line.x) == list(line.y)
+    assert "the 3 largest, exactly" in figure.layout.annotations[1].text
+
+
 def test_what_is_missing_is_empty_and_counted():
     whole = _heads()
     ablated = whole.ablated.clone()
