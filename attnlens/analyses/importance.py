@@ -174,8 +174,10 @@ def first_order_effects(
     effects = torch.zeros(len(trials), len(task), dtype=torch.float64)
     for prompts, part, gradients in task_gradients(lens, task, taken, batch_size):
         anatomy = lens.anatomy_for(part)
+        assert part.ids is not None
         for number, trial in enumerate(trials):
-            editor = Editor(anatomy, _of_heads(trial, trial.of_prompts(lens, prompts)))
+            edits = trial.of_prompts(lens, prompts, part.ids.shape[1])
+            editor = Editor(anatomy, _of_heads(trial, edits))
             editor.running.begin(part.inputs)
             for name in sorted(editor.sites):
                 site, found = anatomy[name], gradients[name]
@@ -237,7 +239,7 @@ def differentiable(task: Task, metric: str | None) -> tuple[str, tuple[str, ...]
     asked = check_metric(metric or task.metric)
     if asked != "accuracy":
         return asked, ()
-    return "loss", ("Accuracy has no gradient; importance is by the gradient of the loss.",)
+    return "loss", ("Accuracy has no gradient; that of the loss is taken.",)
 
 
 def known_estimator(estimator: Estimator | str) -> Estimator:

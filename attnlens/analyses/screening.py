@@ -35,7 +35,7 @@ class ScreenedAblation:
         estimate: first-order effect of each on the metric, with bounds `low` and `high`.
         exact: the ablation of the `top` heads by absolute estimate, largest first.
         agreement: Spearman's rank correlation of estimate and exact effect over those; NaN of fewer
-            than three.
+            than three, or where all are equal.
         notes: what a reader should know.
 
     """
@@ -97,11 +97,21 @@ def ablate_screened(
         sweep, progress,
     )  # fmt: skip
     taken, notes = differentiable(task, metric)
-    same_metric = taken == exact.metric
+    if exact.mode is Mode.FROZEN:
+        notes = (
+            *notes,
+            "Estimates are those of mode zero: in a first-order effect later heads look elsewhere.",
+        )
     agreement = float("nan")
-    if len(leading) > 2 and same_metric:
-        guessed, found = pd.Series(estimate.mean[order].numpy()), pd.Series(exact.effect.numpy())
-        agreement = float(guessed.corr(found, method="spearman"))
-    if not same_metric:
+    if taken == exact.metric:
+        agreement = _rank_correlation(estimate.mean[order], exact.effect)
+    else:
         notes = (*notes, "Estimates are of another metric than effects: ranks are not compared.")
     return ScreenedAblation(chosen, *estimate, exact, agreement, notes)
+
+
+def _rank_correlation(estimate: Float[Tensor, " head"], effect: Float[Tensor, " head"]) -> float:
+    """Spearman's; NaN of fewer than three heads, and where all are equal."""
+    if len(estimate) < 3 or min(len(values.unique()) for values in (estimate, effect)) < 2:
+        return float("nan")
+    return float(pd.Series(estimate.numpy()).corr(pd.Series(effect.numpy()), method="spearman"))

@@ -195,6 +195,7 @@ def trials_of(lens: Lens, task: Task) -> list[Sequence[Edit]]:
         [al.Zero("L2H1"), al.Uniform("L2H2,L2H3")],
         [Patch("L2H1", "z", other.z)],
         [Patch("L2H1,L2H2", "v", other.v)],  # acts before the kernel
+        [al.Zero("L2H1", queries=task.mask & (task.clean > 20))],  # as wide as the whole task
     ]
 
 
