@@ -77,10 +77,10 @@ def ablate_screened(
 ) -> ScreenedAblation:
     """Estimate each head's effect from one gradient, and ablate the `top` heads exactly.
 
-    Effects that are large only because a saturated softmax hides them from a gradient are missed;
-    `agreement` and the exact effects tell how much that matters here. `controls` random heads of
-    the same layers are ablated beside the leading ones (none where not asked; the estimates of
-    all heads stand beside them). Arguments and errors otherwise as for `ablate`.
+    What a head does through a saturated softmax no gradient tells: its estimate may be 0, or of the
+    wrong sign. `agreement` and the exact effects tell how much that matters here. `controls` random
+    heads of the same layers are ablated beside the leading ones (none where not asked; the
+    estimates of all heads stand beside them). Arguments and errors otherwise as for `ablate`.
     """
     if top < 1:
         raise InputError(f"top={top} verifies nothing; give 1 or more.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy
-from attnlens.errors import SeamError, UnsupportedModelError
+from attnlens.errors import InputError, SeamError, UnsupportedModelError
 from attnlens.hooks.replaced import of_this_thread
 from attnlens.hooks.session import Handle, Observer
 
@@ -20,6 +21,7 @@ class ReadRows(Observer):
     The model's logits are then `batch read vocab`: row `i` of a prompt is position `reads[i]`.
 
     Raises:
+        InputError: reads that are no positions of prompts.
         UnsupportedModelError: the model has no unembedding.
 
     """
@@ -30,6 +32,7 @@ class ReadRows(Observer):
                 f"{anatomy.model} has no unembedding, so there are no logits to read. Load the "
                 "model with its head."
             )
+        check_reads(reads)
         self._name = anatomy.unembedding
         self._reads = reads
         self._fired = False
@@ -72,3 +75,20 @@ class ReadRows(Observer):
                 f"{self._name} did not run in this forward, so its logits are of all positions. "
                 "The model computes them in another way; read them without ReadRows."
             )
+
+
+def check_reads(reads: Tensor, prompts: int | None = None) -> None:
+    """Raise InputError for what is not `prompt read` positions from 0, of so many prompts."""
+    whole = (
+        isinstance(reads, Tensor) and not reads.is_floating_point() and reads.dtype != torch.bool
+    )
+    if not whole or reads.ndim != 2 or not reads.numel() or prompts not in (None, len(reads)):
+        shape = f"{reads.dtype} {list(reads.shape)}" if isinstance(reads, Tensor) else repr(reads)
+        wanted = "prompt" if prompts is None else prompts
+        raise InputError(
+            f"reads is {shape}; give a tensor [{wanted}, read] of whole numbers, a row a prompt."
+        )
+    if int(reads.min()) < 0:
+        raise InputError(
+            f"reads holds {int(reads.min())}; positions count from 0 in the padded input."
+        )

@@ -28,7 +28,7 @@ from attnlens.hooks.measure import Measure, merge
 from attnlens.hooks.mlp import Mlp, find_mlps
 from attnlens.hooks.probe import evaluating, examine
 from attnlens.hooks.projections import head_weights
-from attnlens.hooks.reads import ReadRows
+from attnlens.hooks.reads import ReadRows, check_reads
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.restart import Record, Restart
 from attnlens.hooks.session import Observer, Session
@@ -271,8 +271,15 @@ class Lens:
     def logits(
         self, inputs: Inputs, reads: Int[Tensor, "prompt read"], batch_size: int = 16
     ) -> Float[Tensor, "prompt read vocab"]:
-        """Next-token logits at the given positions of each prompt."""
-        parts, _ = split(self.encode(inputs), batch_size, by_length=False)
+        """Next-token logits at the given positions of each prompt, counted in the padded input.
+
+        Raises:
+            InputError: reads that are not one row a prompt, or no language-model head.
+
+        """
+        whole = self.encode(inputs)
+        check_reads(reads, whole.size)
+        parts, _ = split(whole, batch_size, by_length=False)
         own = reads.split([part.size for part in parts])
         return torch.cat([self.logits_at(*pair) for pair in zip(parts, own, strict=True)])
 

@@ -245,6 +245,22 @@ def test_a_trace_as_a_table(lens: Lens) -> None:
     assert (own["query_token"], own["key_token"]) == ("22", "21")
 
 
+@pytest.mark.parametrize(
+    ("reads", "message"),
+    [
+        (torch.tensor([[3], [-1]]), "holds -1; positions count from 0"),
+        (torch.tensor([3, 11]), r"int64 \[2\]; give a tensor \[2, read\]"),
+        (torch.tensor([[3], [1], [2]]), r"\[3, 1\]; give a tensor \[2, read\]"),
+        (torch.tensor([[3.0], [1.0]]), "float32"),
+        (torch.ones(2, 0, dtype=torch.long), r"\[2, 0\]"),
+        ([[3], [1]], r"reads is \[\[3\], \[1\]\]"),
+    ],
+)
+def test_reads_that_are_no_positions_are_refused(lens: Lens, reads: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lens.logits(torch.arange(20, 44).view(2, 12), reads)
+
+
 @pytest.mark.parametrize("rows", [None, slice(-2, None)])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_table_of_a_padded_prompt_is_that_of_the_prompt_alone(
