@@ -33,13 +33,19 @@ def laid_out(model: nn.Module, layout: str, folder: Path) -> nn.Module:
     if layout == "away":
         return accelerate.cpu_offload(model, execution_device="cpu")
     modules = dict(model.named_modules())
-    blocks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    away = tuple(f"{name}.1." for name in blocks) if layout == "disk" else ()
-    places = {
-        name: "disk" if name.startswith(away) else "cpu"
+    blocks = {
+        f"{name}.{child}": "disk" if child == "1" and layout == "disk" else "cpu"
         for name, module in modules.items()
-        if not list(module.children()) or list(module.parameters(recurse=False))
+        if isinstance(module, nn.ModuleList)
+        for child, _ in module.named_children()
     }
+    others = {
+        name: "cpu"
+        for name, module in modules.items()
+        if not list(module.children()) and not name.startswith(tuple(f"{b}." for b in blocks))
+    }
+    # As "auto" has it: whole blocks, whose own forward accelerate replaces.
+    places = blocks | others
     places |= {name: "cpu" for name, _ in model.named_buffers(recurse=False)}
     return accelerate.dispatch_model(
         model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True
@@ -66,8 +72,9 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Lens, Lens, di
     placed = laid_out(model, layout, tmp_path)
     assert any(weight.is_meta for weight in placed.parameters()) == (layout != "cpu")
     before = forwards(placed)
-    assert any(before.values())
-    return al.load(model), al.load(placed), before
+    plain = al.load(model)
+    assert all(before[site.block] for site in plain.anatomy.sites) or layout == "away"
+    return plain, al.load(placed), before
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
