@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
-    from attnlens.analyses.contrast_decoding import ContrastiveHeads, contrast_decode
+    from attnlens.analyses.contrast_decoding import contrast_decode
+    from attnlens.analyses.contrastive_heads import ContrastiveHeads
     from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
@@ -80,7 +81,7 @@ _HOMES = {
     "ArgMax": "attnlens.hooks.reducers",
     "Bias": "attnlens.hooks.edits",
     "ColumnMass": "attnlens.hooks.reducers",
-    "ContrastiveHeads": "attnlens.analyses.contrast_decoding",
+    "ContrastiveHeads": "attnlens.analyses.contrastive_heads",
     "DocumentPrompt": "attnlens.analyses.basin",
     "Drop": "attnlens.hooks.edits",
     "DuplicateMass": "attnlens.hooks.reducers",

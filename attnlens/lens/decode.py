@@ -68,7 +68,6 @@ class Decoder:
         """Write up to `steps` tokens after each prompt; see `Lens.decode`."""
         prompts = self.prompts(batch, steps)
         ids, real = at_the_right(prompts, batch.ids)
-        padded = not bool(real.all())
         cache = whole_cache(self.model)
         length = ids.shape[1]
         written = ids.new_zeros(len(prompts), 0)
@@ -76,12 +75,12 @@ class Decoder:
         ends = torch.tensor(sorted(stop), dtype=ids.dtype, device=ids.device)
         with evaluating(self.model):
             if length > 1:
-                self._forward(ids[:, :-1], real[:, :-1] if padded else None, cache)
+                self.last_logits(ids[:, :-1], real[:, :-1], cache)
             whole = _WholeCache(self.anatomy, length)
             with Session(self.model, self.anatomy, [whole, *observers]):
                 token = ids[:, -1:]
                 while written.shape[1] < steps and not bool(ended.all()):
-                    logits = self._forward(token, real if padded else None, cache)
+                    logits = self.last_logits(token, real, cache)
                     token = logits.argmax(-1, keepdim=True).to(ids.device)
                     written = torch.cat([written, token], dim=1)
                     ended |= torch.isin(token[:, 0], ends)
@@ -135,13 +134,17 @@ class Decoder:
                 "attnlens cannot decode with it row by row."
             )
 
-    def _forward(
-        self, ids: Int[Tensor, "batch row"], real: Bool[Tensor, "batch key"] | None, cache: Any
+    @torch.no_grad()
+    def last_logits(
+        self, ids: Int[Tensor, "batch row"], real: Bool[Tensor, "batch key"], cache: Any
     ) -> Float[Tensor, "batch vocab"]:
-        """Logits of the last row; the cache takes the rows up."""
+        """Logits of the last row; the cache takes the rows up.
+
+        `real` tells padding, on the left, from tokens, for the rows in the cache and these.
+        """
         accepted = inspect.signature(self.model.forward).parameters
         inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        if real is not None:
+        if not bool(real.all()):
             inputs["attention_mask"] = real.long()
             if "position_ids" in accepted:
                 positions = (real.long().cumsum(-1) - 1).clamp_min(0)
