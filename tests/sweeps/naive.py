@@ -60,7 +60,7 @@ def one_by_one(lens: Lens, task: Task, trials: Sequence[Trial]) -> Tensor:
     rows: list[Tensor] = []
     for trial in trials:
         with lens.edit(*trial.of_prompts(lens, slice(0, len(task)))):
-            logits = lens.logits(task.clean_inputs(), task.reads)
+            logits = lens.logits(task.clean_inputs(), task.reads, len(task))
         rows.append(task.score(logits).double())
     return torch.stack(rows)
 
