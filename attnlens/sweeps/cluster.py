@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def connected(address: str) -> Generator[Any]:
             if local:
                 options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             try:
+                _knock(address)
                 with _loopback() if local else nullcontext():
                     ray.init(address=address, **options)
             except (OSError, RuntimeError, ValueError) as error:
@@ -78,6 +80,13 @@ def connected(address: str) -> Generator[Any]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody answers at `host:port`; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

@@ -94,6 +94,12 @@ def test_workers_and_their_shares() -> None:
             Pool.on(nodes, workers, gpus)
 
 
+def test_nobody_at_the_address_is_told_at_once() -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="cannot be reached"), connected("127.0.0.1:1"):
+        pass
+
+
 def test_a_model_made_here_travels_whole(small: Sweep) -> None:
     job = Sent.of(small).open("cpu")
     assert job.lens.model is not small.lens.model
