@@ -73,7 +73,7 @@ def connected(address: str) -> Generator[Any]:
             except (OSError, RuntimeError, ValueError) as error:
                 raise InputError(
                     f"Ray cannot be reached at {address!r} ({str(error).strip().splitlines()[0]}). "
-                    "Give the address of a running cluster, or 'local'; where the cluster asks for a "
+                    "Give the address of a running cluster, or 'local'; where it asks for a "
                     "token, set RAY_AUTH_MODE=token."
                 ) from error
     try:
