@@ -12,8 +12,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -68,28 +69,27 @@ class Session:
         self._inside = False
         self._site: Site | None = None
         self._thread: int | None = None
-        self._undo: list[Any] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> Session:
         if self._thread is not None:
             raise SeamError("This session is open already; make a new one to nest.")
         self._thread = threading.get_ident()
         try:
-            configs = seam.switch(self.model)
-            self._undo.append(lambda: seam.restore(configs))
+            self._undo.callback(seam.restore, seam.switch(self.model))
             for name in self._modules:
                 module = self.model.get_submodule(name)
                 self._names[id(module)] = name
                 seam.listen(module, self)
-                self._undo.append(lambda module=module: seam.unlisten(module, self))
+                self._undo.callback(seam.unlisten, module, self)
             for observer in self.observers:
                 for hook in observer.attach(self.model):
-                    self._undo.append(hook.remove)
+                    self._undo.callback(hook.remove)
             for handle in (
                 self.model.register_forward_pre_hook(self._enter_forward),
                 self.model.register_forward_hook(self._leave_forward, always_call=True),
             ):
-                self._undo.append(handle.remove)
+                self._undo.callback(handle.remove)
         except BaseException:
             self.close()
             raise
@@ -106,11 +106,12 @@ class Session:
             self.check_fired()
 
     def close(self) -> None:
-        """Let go of the model; more than once does nothing more."""
-        while self._undo:
-            self._undo.pop()()
-        self._names.clear()
-        self._thread = None
+        """Let go of the model, of all of it even where a step fails; again does nothing more."""
+        try:
+            self._undo.close()
+        finally:
+            self._names.clear()
+            self._thread = None
 
     def attending(self, asked: Asked) -> Asked:
         """Hand one call to the observers that want its site, before the kernel runs."""

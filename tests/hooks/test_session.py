@@ -113,6 +113,19 @@ class TestRestores:
         with pytest.raises(RuntimeError, match=point), session:
             gpt2.logits()
 
+    def test_after_a_handle_failed(self, gpt2: Opened) -> None:
+        class Stuck(Observer):
+            def attach(self, model: nn.Module) -> list[Stuck]:
+                return [self]
+
+            def remove(self) -> None:
+                raise ValueError("stuck")
+
+        watch = Watch(frozenset({"L0"}))
+        session = Session(gpt2.model, gpt2.anatomy, [watch, Stuck(), watch])
+        with pytest.raises(ValueError, match="stuck"), session:
+            gpt2.logits()
+
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_after_the_forward_failed(self, gpt2: Opened, error: type[BaseException]) -> None:
         def fail(*_: object) -> None:
