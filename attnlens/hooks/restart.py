@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -301,22 +302,21 @@ class Restart(Observer):
         self._wide: dict[int, Tensor] = {}
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
-        """Replace the forward of all that came before, and of the site's module where z is given.
-
-        Only the thread that does so is served by the replacements.
-        """
+        """Replace, for this thread, what came before, and the site's module where z is given."""
+        try:  # all modules are found before any is changed
+            modules = [model.get_submodule(run.name) for run in self._skipped]
+            attention = model.get_submodule(self._site.module)
+        except AttributeError as error:
+            raise SeamError(f"The recorded run is of another kind of model: {error}.") from error
         handles: list[Handle] = [
             model.register_forward_pre_hook(of_this_thread(self._begin)),
             model.register_forward_hook(of_this_thread(self._check)),
+            *map(Replaced, modules, map(self._returning, self._skipped)),
         ]
-        for run in self._skipped:
-            handles.append(Replaced(model.get_submodule(run.name), self._returning(run)))
         z = self._z
         if z is not None:
-            module = model.get_submodule(self._site.module)
-            handles.append(
-                Replaced(module, lambda *_, **__: self._own.with_z(model, z, self._times))
-            )
+            made = partial(self._own.with_z, model, z, self._times)
+            handles.append(Replaced(attention, lambda *_, **__: made()))
         return handles
 
     def _returning(self, run: Ran) -> Callable[..., Any]:

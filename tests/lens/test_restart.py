@@ -106,6 +106,18 @@ def test_only_a_recorded_run_is_gone_on_from() -> None:
         subject.restart(subject.run(IDS), 1)  # type: ignore[arg-type]
 
 
+def test_a_run_of_another_kind_of_model_leaves_this_one_as_it_was() -> None:
+    trace = lens("llama").record(IDS)
+    subject = lens("gpt2")
+    with pytest.raises(SeamError, match="another kind of model"):
+        subject.restart(trace, 1)
+    hooks = [
+        (module._forward_hooks, module._forward_pre_hooks) for module in subject.model.modules()
+    ]
+    assert not any(map(any, hooks))
+    assert all("forward" not in vars(module) for module in subject.model.modules())
+
+
 def test_what_cannot_be_restarted_says_why() -> None:
     subject = lens("albert")
     trace = subject.record(IDS)
