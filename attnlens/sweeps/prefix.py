@@ -7,6 +7,8 @@ rest, on which trials go on from their layers as on any clean run.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,14 +27,19 @@ PARTS = 8
 """Starts are rounded down to multiples of a prompt's eighth: few clean runs serve all positions."""
 
 
-def shared_positions(clean: CleanRun, start: int) -> int:
-    """How many positions a trial that changes nothing before `start` need not run again.
+def shared_positions(clean: CleanRun, starts: Sequence[int]) -> list[int]:
+    """How many positions trials that change nothing before `starts` need not run again.
 
-    None of them is read; and it is no position at all where a quarter of the prompt is not saved.
+    None of them is read. It is no position at all where a quarter of the prompt is not saved, or
+    where so few trials share a start that its clean run costs more than they save.
     """
     step = -(-clean.width // PARTS)
-    first = min(start, int(clean.task.reads.min())) // step * step
-    return first if 4 * first >= clean.width else 0
+    last = int(clean.task.reads.min())
+    firsts = [min(start, last) // step * step for start in starts]
+    trials = Counter(firsts)
+    # A trial runs half of the layers on average; half of what is saved is left as a margin.
+    worth = {f for f in trials if 4 * f >= clean.width and trials[f] * f >= 4 * clean.width}
+    return [first if first in worth else 0 for first in firsts]
 
 
 def after_prefix(clean: CleanRun, first: int) -> CleanRun | None:

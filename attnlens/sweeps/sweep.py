@@ -161,10 +161,9 @@ class Sweep:
         """
         order = {site.name: i for i, site in enumerate(clean.anatomy.sites)}
         places: dict[tuple[int, int], list[int]] = {}
-        for number in wanted:
-            trial = self.trials[number]
+        starts = [self.trials[number].start if self._prefix else 0 for number in wanted]
+        for number, start in zip(wanted, shared_positions(clean, starts), strict=True):
             edits = self._edits(clean, prompts, number)
-            start = shared_positions(clean, trial.start) if self._prefix else 0
             places.setdefault((start, order[clean.first_site(edits)]), []).append(number)
         run = clean
         for start, site in sorted(places):

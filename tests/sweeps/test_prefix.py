@@ -95,13 +95,16 @@ def test_only_the_positions_from_the_start_on_are_run() -> None:
 
     zero, resample = Ablator.of(lens, task, "zero"), Ablator.of(lens, task, "resample")
     handle: Any = lens.model.transformer.wte.register_forward_hook(note)
-    for trial, starts in (
-        (zero.trial([lens.anatomy["L1"].head(0)], "early", 3), [32]),
-        # the prefix, the clean run of the rest, the trial
-        (zero.trial([lens.anatomy["L1"].head(0)], "late", 11), [20, 12, 12]),
-        (resample.trial([lens.anatomy["L1"].head(0)]), [32, 16, 16, 16]),  # and the donor's before
+    heads = lens.anatomy.find("L1,L2")
+    for trials, starts in (
+        ([zero.trial([h], f"{h}", 3) for h in heads], [128, 128]),
+        # the prefix, the clean run of the rest, four trials at a time
+        ([zero.trial([h], f"{h}", 11) for h in heads], [20, 12, 48, 48]),
+        ([zero.trial([h], f"{h}", 11) for h in heads[:6]], [128, 64]),  # they save too little
+        # the donor's run comes before
+        ([resample.trial([h]) for h in heads], [32, 16, 16, 64, 64]),
     ):
-        run_trials(lens, task, [trial], progress=progress)
+        run_trials(lens, task, trials, progress=progress)
         assert seen == starts
     handle.remove()
 
@@ -121,5 +124,9 @@ def test_starts_of_the_modes() -> None:
 def test_positions_are_shared_where_it_saves() -> None:
     lens = lens_of("gpt2")
     clean = CleanRun.of(lens, task_of(lens, (40, 33)), "loss")  # reads from 30 on
-    found = [shared_positions(clean, start) for start in (0, 4, 9, 10, 14, 15, 29, 30, 39)]
-    assert found == [0, 0, 0, 10, 10, 15, 25, 30, 30]
+    starts = [0, 4, 9, 10, 14, 15, 29, 30, 39]
+    found = shared_positions(clean, starts * 16)
+    assert found[:9] == [0, 0, 0, 10, 10, 15, 25, 30, 30]
+    # 160 positions have to be saved: 5 trials from 30 on save 150, 6 save 180.
+    assert shared_positions(clean, [30] * 5) == [0] * 5
+    assert shared_positions(clean, [30] * 6) == [30] * 6
