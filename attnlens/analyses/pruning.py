@@ -302,13 +302,17 @@ def _constant(scores: Mapping[Head, float]) -> Ranking:
 
 
 def _given(anatomy: Anatomy, scores: Sequence[float] | Float[Tensor, " head"]) -> Ranking:
-    values = torch.as_tensor(scores, dtype=torch.float64)
+    way = (
+        f"give one number for each of the {len(anatomy.heads)} heads, in the order of "
+        "lens.anatomy.heads."
+    )
+    try:
+        values = torch.as_tensor(scores, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"scores is no list of numbers ({error}): {way}") from error
     if values.shape != (len(anatomy.heads),) or bool(values.isnan().any()):
-        raise InputError(
-            f"scores has shape {list(values.shape)}{' and NaN' if values.isnan().any() else ''}; "
-            f"give one number for each of the {len(anatomy.heads)} heads, in the order of "
-            "lens.anatomy.heads."
-        )
+        nan = " and NaN" if values.isnan().any() else ""
+        raise InputError(f"scores has shape {list(values.shape)}{nan}; {way}")
     return _constant(dict(zip(anatomy.heads, values.tolist(), strict=True)))
 
 

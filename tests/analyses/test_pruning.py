@@ -176,6 +176,9 @@ def test_bad_requests_are_named(random_lens: Lens, small: Task) -> None:
         prune_heads(random_lens, small, scores=[1.0, 2.0])
     with pytest.raises(InputError, match="NaN"):
         prune_heads(random_lens, small, scores=[torch.nan] * 12)
+    for scores in (["a"] * 12, [[1.0], [2.0, 3.0]], {"L0H0": 1.0}):
+        with pytest.raises(InputError, match=r"no list of numbers .* 12 heads"):
+            prune_heads(random_lens, small, scores=scores)
     with pytest.raises(InputError, match="controls=-1"):
         prune_heads(random_lens, small, controls=-1)
     with pytest.raises(TaskError, match="unknown metric"):
