@@ -43,8 +43,10 @@ class SiteTensors(Mapping[str, Tensor]):
             for name, t in self._tensors.items()
             if name.rpartition(".L")[0] == stack or (not stack and "." not in name)
         ]
+        if not chosen:
+            raise HeadError(f"Nothing was kept of stack {stack!r}; there is {', '.join(self)}.")
         shapes = {tuple(tensor.shape) for tensor in chosen}
-        if len(shapes) != 1:
+        if len(shapes) > 1:
             raise InputError(
                 f"The layers of stack {stack!r} have shapes {sorted(shapes)}; only equal shapes "
                 f"stack. There is {', '.join(self._tensors)}."

@@ -298,6 +298,8 @@ def test_tables_that_cannot_be_made_are_refused(lens: Lens) -> None:
         trace.to_frame(prompt=1)
     with pytest.raises(InputError, match="not 'z'"):
         trace.to_frame("z")
+    with pytest.raises(HeadError, match="Nothing was kept of stack 'enc'; there is L0, L1"):
+        trace.pattern.stack("enc")
     model = ARCHITECTURES["swin"].build()
     inputs = ARCHITECTURES["swin"].inputs(model)
     pieces = Lens(model, example=inputs).run(inputs, keep="pattern")
