@@ -192,8 +192,8 @@ class Encoder:
         if "decoder_input_ids" in prepared or "decoder_inputs_embeds" in prepared:
             return
         config: Any = self.model.config
-        start = config.decoder_start_token_id
-        start = config.bos_token_id if start is None else start
+        start = getattr(config, "decoder_start_token_id", None)
+        start = getattr(config, "bos_token_id", None) if start is None else start
         batch = prepared["input_ids"].shape[0]
         prepared["decoder_input_ids"] = torch.full((batch, 1), start or 0)
 

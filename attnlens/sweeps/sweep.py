@@ -192,6 +192,8 @@ class Sweep:
     ) -> Iterator[tuple[int, Float[Tensor, " prompt"]]]:
         """Values of trials of one site, as many at a time as fit."""
         size = max(self.settings.tokens // clean.tokens, 1)
+        forwards = -(-len(group) // size)
+        size = -(-len(group) // forwards)  # forwards of one size: a small one saves little
         start = 0
         while start < len(group):
             taken = group[start : start + size]

@@ -58,6 +58,7 @@ def test_fewer_trials_run_at_a_time_and_values_are_the_same(error: BaseException
     task = task_of(lens)
     asked = [*trials(1), *trials(2)]
     wanted = one_by_one(lens, task, asked)
+    assert lens.mlps  # found once, by a run of its own
     before = state(lens.model)
     with room_for(lens, 7, error) as tried:
         found = run_trials(lens, task, asked)
