@@ -43,6 +43,7 @@ class Ablation:
         control: the same for matched random heads, those of `control_heads`: other heads of the
             same layer, averaged; NaN where the layer has no other head.
         seed: of the choice of control heads and of the bootstrap.
+        confidence: of the intervals.
         notes: what a reader should know.
 
     """
@@ -61,6 +62,7 @@ class Ablation:
     control_high: Float[Tensor, " head"]
     control_heads: tuple[tuple[Head, ...], ...]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
     def grid(self, stack: str = "") -> Float[Tensor, "layer head"]:
@@ -170,6 +172,7 @@ def heads_result(asked: Asked, facts: Facts, found: Values) -> Ablation:
         *asked.interval(torch.stack(beside) - found.clean),
         controls,
         asked.seed,
+        asked.confidence,
         (*found.notes, *ablation_notes(len(found.clean), alone)),
     )
 

@@ -41,6 +41,7 @@ class SetAblation:
     control: Float[Tensor, " set"]
     control_sets: tuple[tuple[Head, ...], ...]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
 
@@ -52,7 +53,8 @@ class GroupAblation:
         names, groups: what each group is called, and its heads.
         clean: the metric of each prompt, nothing ablated.
         ablated: the metric of each prompt with one group ablated.
-        effect: `mean(ablated - clean)` over prompts, with bounds `low` and `high`.
+        effect: `mean(ablated - clean)` over prompts, with bounds `low` and `high` of the interval
+            of `confidence`.
 
     """
 
@@ -67,6 +69,7 @@ class GroupAblation:
     low: Float[Tensor, " group"]
     high: Float[Tensor, " group"]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
     def to_frame(self) -> pd.DataFrame:
@@ -138,6 +141,7 @@ def set_result(asked: Asked, facts: Facts, found: Values) -> SetAblation:
         change[1:].nanmean(1),
         tuple(tuple(map(read_head, group)) for group in facts["controls"]),
         asked.seed,
+        asked.confidence,
         (*facts["notes"], *found.notes, *ablation_notes(len(found.clean))),
     )
 
@@ -187,6 +191,7 @@ def groups_result(asked: Asked, facts: Facts, found: Values) -> GroupAblation:
         found.values,
         *asked.interval(found.values - found.clean),
         asked.seed,
+        asked.confidence,
         (*found.notes, *ablation_notes(len(found.clean))),
     )
 

@@ -33,7 +33,7 @@ class PairAblation:
         joint: effect of both heads of a pair; on the diagonal that of the one head.
         interaction: `joint - (single of one + single of the other)`, 0 on the diagonal: 0 where the
             two act independently; of the sign opposite to the effects where one does for both.
-        low, high: bounds of the interaction over prompts.
+        low, high: bounds of the interaction over prompts, of the interval of `confidence`.
 
     """
 
@@ -48,6 +48,7 @@ class PairAblation:
     low: Float[Tensor, "head head"]
     high: Float[Tensor, "head head"]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
     def to_frame(self) -> pd.DataFrame:
@@ -127,5 +128,6 @@ def pairs_result(asked: Asked, facts: Facts, found: Values) -> PairAblation:
         square(apart.low, none),
         square(apart.high, none),
         asked.seed,
+        asked.confidence,
         (*found.notes, *ablation_notes(len(found.clean))),
     )

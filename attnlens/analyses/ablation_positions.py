@@ -28,7 +28,8 @@ class PositionAblation:
     Attributes:
         heads, positions: the axes; positions count from the first token, negative from the last.
         tokens: the token texts at the positions in the first prompt.
-        effect: `mean(ablated - clean)` over prompts, with bounds `low` and `high`.
+        effect: `mean(ablated - clean)` over prompts, with bounds `low` and `high` of the interval
+            of `confidence`.
 
     """
 
@@ -44,6 +45,7 @@ class PositionAblation:
     low: Float[Tensor, "head position"]
     high: Float[Tensor, "head position"]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
     def to_frame(self) -> pd.DataFrame:
@@ -122,5 +124,6 @@ def positions_result(asked: Asked, facts: Facts, found: Values) -> PositionAblat
         ablated,
         *asked.interval(ablated - found.clean),
         asked.seed,
+        asked.confidence,
         (*found.notes, *ablation_notes(len(found.clean))),
     )

@@ -28,7 +28,8 @@ class EditEffects:
         names, edits: what each list is called, and what its edits say they are.
         clean: the metric of each prompt, nothing edited.
         edited: the metric of each prompt under each list.
-        effect: `mean(edited - clean)` over prompts, with bounds `low` and `high`.
+        effect: `mean(edited - clean)` over prompts, with bounds `low` and `high` of the interval of
+            `confidence`.
 
     """
 
@@ -42,6 +43,7 @@ class EditEffects:
     low: Float[Tensor, " list"]
     high: Float[Tensor, " list"]
     seed: int
+    confidence: float
     notes: tuple[str, ...]
 
     def to_frame(self) -> pd.DataFrame:
@@ -101,5 +103,6 @@ def edits_result(asked: Asked, facts: Facts, found: Values) -> EditEffects:
         found.values,
         *asked.interval(found.values - found.clean),
         asked.seed,
+        asked.confidence,
         (*found.notes, *ablation_notes(len(found.clean))),
     )

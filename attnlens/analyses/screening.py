@@ -32,7 +32,8 @@ class ScreenedAblation:
 
     Attributes:
         heads: the heads that were estimated, in the order of the `head` axis.
-        estimate: first-order effect of each on the metric, with bounds `low` and `high`.
+        estimated: the metric of the estimates, that of `exact` unless it has no gradient.
+        estimate: first-order effect of each on that metric, with bounds `low` and `high`.
         exact: the ablation of the `top` heads by absolute estimate, largest first.
         agreement: Spearman's rank correlation of estimate and exact effect over those; NaN of fewer
             than three, or where all are equal.
@@ -41,6 +42,7 @@ class ScreenedAblation:
     """
 
     heads: tuple[Head, ...]
+    estimated: str
     estimate: Float[Tensor, " head"]
     low: Float[Tensor, " head"]
     high: Float[Tensor, " head"]
@@ -107,7 +109,7 @@ def ablate_screened(
         agreement = _rank_correlation(estimate.mean[order], exact.effect)
     else:
         notes = (*notes, "Estimates are of another metric than effects: ranks are not compared.")
-    return ScreenedAblation(chosen, *estimate, exact, agreement, notes)
+    return ScreenedAblation(chosen, taken, *estimate, exact, agreement, notes)
 
 
 def _rank_correlation(estimate: Float[Tensor, " head"], effect: Float[Tensor, " head"]) -> float:

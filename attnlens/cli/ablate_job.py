@@ -39,10 +39,10 @@ def run_sweep(
     if task is None:
         raise InputError(f"This model cannot be graded: {no_grading(lens)}.")
     made = {
-        "heads": (ablate, f"{len(heads)} heads"),
-        "layers": (ablate_layers, f"{len({head.site for head in heads})} layers"),
-        "pairs": (ablate_pairs, f"{len(heads) * (len(heads) - 1) // 2:,} pairs of heads"),
-        "positions": (ablate_positions, f"{len(heads)} heads position by position"),
+        "heads": (ablate, _count(len(heads), "head")),
+        "layers": (ablate_layers, _count(len({head.site for head in heads}), "layer")),
+        "pairs": (ablate_pairs, f"{_count(len(heads) * (len(heads) - 1) // 2, 'pair')} of heads"),
+        "positions": (ablate_positions, f"{_count(len(heads), 'head')} position by position"),
     }
     run, what = made[asked.by]
     begun = False
@@ -63,6 +63,10 @@ def run_sweep(
             if kept is not None:
                 error.add_note(kept)
             raise
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _settings(asked: SweepAsked, out: Path) -> SweepSettings:

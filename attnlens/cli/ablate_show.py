@@ -48,10 +48,17 @@ def write_results(
     `name` is what the page calls the model.
     """
     with staged(out) as folder, steps("Writing the results"):
-        part = part_of(result)
+        part = part_of(result, vocabulary(manifest))
         title = f"{part.title}: {name or manifest.model['name']}"
         write_page(folder, title, _origin(manifest), part.lines, [part])
     return [*part.lines, *part.notes]
+
+
+def vocabulary(manifest: Manifest) -> int | None:
+    """The size of the model's vocabulary, of its text model where it has several."""
+    config = manifest.model["config"]
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return None if size is None else int(size)
 
 
 def say_results(lines: Sequence[str], folder: Path, results: Path) -> None:
@@ -71,4 +78,5 @@ def _origin(manifest: Manifest) -> str:
         if package in manifest.versions
     )
     weights = f"{manifest.model['name']}, weights {manifest.model['weights']}"
-    return f"{weights}; {manifest.prompts} prompts, seed {manifest.seed}; {versions}"
+    prompts = f"{manifest.prompts} prompt{'s' * (manifest.prompts != 1)}"
+    return f"{weights}; {prompts}, seed {manifest.seed}; {versions}"

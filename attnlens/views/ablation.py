@@ -19,7 +19,15 @@ from attnlens.analyses.edit_effects import EditEffects
 from attnlens.analyses.screening import ScreenedAblation
 from attnlens.anatomy import Head
 from attnlens.errors import InputError
-from attnlens.views.panels import Quantity, add_grid, domains, interval_text, number_text, stack_of
+from attnlens.views.panels import (
+    RED,
+    Quantity,
+    add_grid,
+    domains,
+    interval_text,
+    number_text,
+    stack_of,
+)
 from attnlens.views.ranking import (
     CONTROL,
     METRICS,
@@ -127,7 +135,8 @@ def show_screened(result: ScreenedAblation) -> go.Figure:
     frame = result.to_frame()
     stacks = list(dict.fromkeys(stack_of(site) for site in frame["site"]))
     count, metric = len(stacks), result.exact.metric
-    quantity = Quantity("estimate", "estimated effect", METRICS[metric][1], signed=True)
+    name, unit, worse = METRICS[result.estimated]
+    quantity = Quantity("estimate", f"estimated change of {name}", unit, signed=True, worse=worse)
     agreement = number_text(result.agreement)
     beside = f"the {len(result.exact.heads)} largest, exactly (rank agreement {agreement})"
     headings = [quantity.heading(stack) for stack in stacks]
@@ -144,7 +153,7 @@ def show_screened(result: ScreenedAblation) -> go.Figure:
         add_grid(figure, own, quantity, row, 1)
     for trace in _exact_beside(result):
         figure.add_trace(trace, row=1, col=2)
-    figure.update_xaxes(title="estimate", row=1, col=2)
+    figure.update_xaxes(title=f"estimated {change_of(result.estimated)}", row=1, col=2)
     figure.update_yaxes(title=f"exact {change_of(metric)}", row=1, col=2)
     named = f"Screened {result.exact.mode.value.replace('_', ' ')} ablation"
     title = f"{named} on {task_name(result.exact)}, {prompts_text(result.exact)}"
@@ -173,7 +182,7 @@ def heads_text(heads: Sequence[Head]) -> str:
 
 
 def _exact_beside(result: ScreenedAblation) -> list[go.Scatter]:
-    """Exact effects against estimates, over the line on which both agree."""
+    """Exact effects against estimates, over the line on which both agree where they can."""
     exact = result.exact
     records: list[dict[str, Any]] = exact.to_frame().to_dict("records")
     known = dict(zip(result.heads, result.estimate.tolist(), strict=True))
@@ -200,7 +209,7 @@ def _exact_beside(result: ScreenedAblation) -> list[go.Scatter]:
         hovertemplate="<b>%{text}</b> exact %{y:.3f} (%{customdata})<br>estimate %{x:.3f}"
         "<extra></extra>",
     )
-    return [line, points]
+    return [line, points] if result.estimated == exact.metric else [points]
 
 
 def _bars(
@@ -227,7 +236,7 @@ def _finished(
     title: str, rows: int,
 ) -> go.Figure:  # fmt: skip
     styled(figure, _title(result, title, values), 26 * rows + 130)
-    figure.update_xaxes(title=change_of(result.metric), zeroline=True)
+    figure.update_xaxes(title=f"{change_of(result.metric)}; {RED}", zeroline=True)
     figure.update_yaxes(type="category", automargin=True, ticksuffix="  ")
     figure.update_layout(bargap=0.35, showlegend=False)
     return figure
@@ -248,9 +257,12 @@ def _heat(
     rows: Sequence[str],
     columns: Sequence[str],
     texts: Sequence[Sequence[str]],
-    unit: str,
+    what: str,
 ) -> go.Figure:
-    """A heat map that diverges from no effect. Raises InputError where no value is known yet."""
+    """A heat map that diverges from no effect, the bad side red.
+
+    Raises InputError where no value is known yet.
+    """
     known = values[np.isfinite(values)]
     if not known.size:
         raise InputError("There is nothing to draw: no value of this sweep is known yet.")
@@ -269,9 +281,9 @@ def _heat(
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
-    metric, measured, _ = METRICS[result.metric]
-    bar = f"{unit} on {metric}" + (f" ({measured})" if measured else "")
-    figure.update_layout(coloraxis=colour_axis("diverging", -top, top, bar))
+    metric, measured, worse = METRICS[result.metric]
+    bar = f"{what} on {metric}" + (f" ({measured})" if measured else "") + f"; {RED}"
+    figure.update_layout(coloraxis=colour_axis("diverging", -top, top, bar, turned=worse < 0))
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", autorange="reversed")
     figure.update_xaxes(showticklabels=len(columns) <= LABELLED or len(columns) != len(rows))

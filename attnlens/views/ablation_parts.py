@@ -18,6 +18,7 @@ from attnlens.views.ablation import group_word
 from attnlens.views.panels import interval_text, number_text
 from attnlens.views.ranking import (
     METRICS,
+    NONE_CLEAR,
     ablation_lines,
     cost_text,
     costly,
@@ -27,6 +28,7 @@ from attnlens.views.ranking import (
     show_ranking,
     task_lines,
     task_name,
+    with_controls,
 )
 from attnlens.views.report_parts import Drawn, Part, Table
 from attnlens.views.report_results import CELLS, part_of
@@ -45,23 +47,28 @@ INSTEAD: Mapping[Mode, str] = {
     Mode.FROZEN: "nothing, while all later heads attend as they did before",
 }
 """What takes the place of a head's output."""
+DIAMONDS = (
+    " Grey diamonds are the mean of random other heads of the same layer: what taking out just any "
+    "head costs."
+)
+COLOURS = "Red: the task goes worse; blue: better."
 BOUNDS = {"effect_low": "from", "effect_high": "to"}
 
 Swept = Ablation | SetAblation | GroupAblation | PairAblation | PositionAblation | EditEffects
 
 
 @part_of.register
-def _(result: Ablation) -> Part:
+def _(result: Ablation, vocab: int | None = None) -> Part:
     frame = pd.DataFrame(ranked(result))
     return Part(
         title=f"{mode_name(result.mode)} ablation of heads",
-        lines=tuple(ablation_lines(result, None, MOST)),
+        lines=tuple(ablation_lines(result, vocab, MOST)),
         prose=_prose(result, "Each head is ablated by itself")
-        + " Grey diamonds are the mean of random other heads of the same layer: what taking out "
-        "just any head costs.",
+        + _by_chance(len(frame), "heads", result)
+        + DIAMONDS * with_controls(result),
         figures={
-            "effects": Drawn(show(result), CELLS),
-            "ranking": Drawn(show_ranking(result), "The largest effects; 95 % intervals."),
+            "effects": Drawn(show(result), f"{CELLS} {COLOURS}"),
+            "ranking": Drawn(show_ranking(result), f"The largest effects. {_lines_are(result)}"),
         },
         tables={
             "ablation": Table(
@@ -78,38 +85,38 @@ def _(result: Ablation) -> Part:
 
 
 @part_of.register
-def _(result: GroupAblation) -> Part:
+def _(result: GroupAblation, vocab: int | None = None) -> Part:
     frame = result.to_frame()
     found = costly(_records(frame), result.metric)[:MOST]
     lines = [f"Ablating {r['group']} as a whole {cost_text(r, result.metric)}." for r in found]
     word = group_word(result)
     return Part(
         title=f"{mode_name(result.mode)} ablation of {word}s",
-        lines=(*task_lines(result, None), *(lines or [f"No {word}'s interval lies clear of 0."])),
+        lines=(*task_lines(result, vocab), *(lines or [f"No {word} matters there: {NONE_CLEAR}."])),
         prose=_prose(result, f"All heads of a {word} are ablated at once"),
-        figures={"groups": Drawn(show(result), "Lines are 95 % intervals.")},
+        figures={"groups": Drawn(show(result), _lines_are(result))},
         tables={"groups": Table(frame, f"effect of each {word}", headings=BOUNDS)},
         notes=result.notes,
     )
 
 
 @part_of.register
-def _(result: EditEffects) -> Part:
+def _(result: EditEffects, vocab: int | None = None) -> Part:
     frame = result.to_frame()
     found = costly(_records(frame), result.metric)[:MOST]
     lines = [f"{r['name']} {cost_text(r, result.metric)}." for r in found]
     return Part(
         title="Effects of edits",
-        lines=(*task_lines(result, None), *(lines or ["No interval lies clear of 0."])),
+        lines=(*task_lines(result, vocab), *(lines or [f"Nothing matters there: {NONE_CLEAR}."])),
         prose=_graded(result, "Under each list of edits"),
-        figures={"edits": Drawn(show(result), "Lines are 95 % intervals.")},
+        figures={"edits": Drawn(show(result), _lines_are(result))},
         tables={"edits": Table(frame, "effect of each list of edits", headings=BOUNDS)},
         notes=result.notes,
     )
 
 
 @part_of.register
-def _(result: SetAblation) -> Part:
+def _(result: SetAblation, vocab: int | None = None) -> Part:
     record = {"effect": result.effect, "effect_low": result.low, "effect_high": result.high}
     metric, unit, _ = METRICS[result.metric]
     line = (
@@ -129,18 +136,18 @@ def _(result: SetAblation) -> Part:
     )
     return Part(
         title=f"{mode_name(result.mode)} ablation of a set",
-        lines=(*task_lines(result, None), line + ")."),
+        lines=(*task_lines(result, vocab), line + ")."),
         prose=_prose(
             result, "The set is ablated at once, and so are random sets of as many heads a layer"
         ),
-        figures={"set": Drawn(show(result), "The line is a 95 % interval.")},
+        figures={"set": Drawn(show(result), _lines_are(result))},
         tables={"set": Table(frame, "effect of the set and of each random set")},
         notes=result.notes,
     )
 
 
 @part_of.register
-def _(result: PairAblation) -> Part:
+def _(result: PairAblation, vocab: int | None = None) -> Part:
     frame = _by_size(result.to_frame(), "interaction")
     clear = [r for r in _records(frame) if r["interaction_low"] > 0 or r["interaction_high"] < 0]
     lines = [
@@ -154,13 +161,16 @@ def _(result: PairAblation) -> Part:
     none = ["No pair's interaction has an interval clear of 0."]
     return Part(
         title=f"{mode_name(result.mode)} ablation of pairs",
-        lines=(*task_lines(result, None), *([of, *lines] if lines else none)),
+        lines=(*task_lines(result, vocab), *([of, *lines] if lines else none)),
         prose=_prose(result, "Heads are ablated one at a time and two at a time")
         + " Interaction is the effect of both less the sum of their single effects: 0 where the "
-        "two act independently, of the sign opposite to the effects where one does for both.",
+        "two act independently, of the sign opposite to the effects where one does for both."
+        + _by_chance(len(frame), "pairs", result, sides=2),
         figures={
             "pairs": Drawn(
-                show(result), "Interaction of two heads; on the diagonal the effect of one."
+                show(result),
+                "Interaction of two heads; on the diagonal the effect of one. Red: the task goes "
+                "worse than by the sum of both, or without the one head; blue: better.",
             )
         },
         tables={
@@ -173,7 +183,7 @@ def _(result: PairAblation) -> Part:
 
 
 @part_of.register
-def _(result: PositionAblation) -> Part:
+def _(result: PositionAblation, vocab: int | None = None) -> Part:
     frame = result.to_frame()
     tokens = dict(zip(result.positions, result.tokens, strict=True))
     frame.insert(2, "token", [tokens[position] for position in frame["position"]])
@@ -186,10 +196,11 @@ def _(result: PositionAblation) -> Part:
     ]
     return Part(
         title=f"{mode_name(result.mode)} ablation by position",
-        lines=(*task_lines(result, None), *(lines or ["No interval lies clear of 0."])),
+        lines=(*task_lines(result, vocab), *(lines or [f"Nothing matters there: {NONE_CLEAR}."])),
         prose=_prose(result, "Each head is ablated at one position at a time")
+        + _by_chance(len(frame), "heads and positions", result)
         + " Tokens are those of the first prompt.",
-        figures={"positions": Drawn(show(result), "Heads down, positions across.")},
+        figures={"positions": Drawn(show(result), "Heads down, positions across. " + COLOURS)},
         tables={"positions": Table(frame, "effect of each head at each position", headings=BOUNDS)},
         notes=result.notes,
     )
@@ -210,7 +221,28 @@ def _graded(result: Swept, done: str) -> str:
     return (
         f"{done} the task ({task_name(result)}, {prompts_text(result)}) is graded again. An effect "
         f"is the change of {metric}{f' in {unit}' if unit else ''}, a mean over prompts with its "
-        f"bootstrap interval; where {metric} {direction}, the task goes worse."
+        f"{_sure(result)} bootstrap interval; where {metric} {direction}, the task goes worse."
+    )
+
+
+def _lines_are(result: Swept) -> str:
+    """What a caption says of bars."""
+    return f"Lines are {_sure(result)} intervals. {COLOURS}"
+
+
+def _sure(result: Swept) -> str:
+    return f"{100 * result.confidence:g} %"
+
+
+def _by_chance(count: int, what: str, result: Swept, sides: int = 1) -> str:
+    """How many intervals of many miss 0 by chance, on the bad side alone or on both."""
+    if count < 2 or len(result.clean) < 2:
+        return ""
+    share = (1 - result.confidence) / 2 * sides
+    where = "on that side of 0" if sides == 1 else "clear of 0"
+    return (
+        f" Of {count:,} {what} without any effect, about {number_text(share * count)} would have "
+        f"an interval {where} by chance."
     )
 
 

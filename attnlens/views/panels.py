@@ -20,6 +20,8 @@ WIDEST = 16
 MASSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 PLACE = ("head", "site", "layer", "index")
 """The columns of a table of heads that say which head a row is."""
+RED = "red is worse"
+"""What figures of effects say of their colours."""
 Span = tuple[float, float]
 Grid = Float[np.ndarray, "layer head"]
 
@@ -36,11 +38,14 @@ class Quantity:
     """Signed numbers diverge from 0; others run from 0 upwards."""
     mass: bool = False
     """Masses lie between 0 and 1: the colour scale ends at a round number."""
+    worse: int = 0
+    """Of signed numbers, the sign that is bad, which is painted red; 0 where neither is."""
 
     def heading(self, stack: str) -> str:
         """The title over a panel."""
         unit = f" ({self.unit})" if self.unit else ""
-        return f"{self.title}{unit}{f' · {stack}' if stack else ''}"
+        red = f"; {RED}" if self.worse else ""
+        return f"{self.title}{unit}{red}{f' · {stack}' if stack else ''}"
 
 
 def head_grids(
@@ -117,7 +122,7 @@ def add_grid(
     )
     low, high = _range(values, quantity)
     scale = "diverging" if quantity.signed else "sequential"
-    settings = colour_axis(scale, low, high, "")
+    settings = colour_axis(scale, low, high, "", turned=quantity.worse < 0)
     x, y = domains(figure, row, column)
     settings["colorbar"] |= {
         "x": x[1] + 0.005,

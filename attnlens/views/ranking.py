@@ -13,12 +13,15 @@ from torch import Tensor
 
 from attnlens.analyses.ablation import Ablation
 from attnlens.analyses.ablation_groups import SetAblation
-from attnlens.views.panels import Quantity, head_grids, interval_text, number_text
+from attnlens.views.panels import RED, Quantity, head_grids, interval_text, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import styled
 
 MOST = 16
-WORSE, BETTER, CONTROL = "#9a3412", "#1f4e79", "#7a8488"
+LEAST = 0.001
+"""The smallest cost that is said: less would read as 0."""
+NONE_CLEAR = f"no cost of {LEAST:g} or more has an interval clear of 0"
+WORSE, BETTER, CONTROL = "#9a3412", "#3d76a8", "#7a8488"
 
 # What a metric is called, its unit, and the sign of an effect that makes the task go worse.
 METRICS = {
@@ -50,8 +53,8 @@ class Graded(Protocol):
 @show.register
 def show_ablation(ablation: Ablation) -> go.Figure:
     """Effect of ablating each head, one grid a stack; colours diverge from no effect."""
-    metric, unit, _ = METRICS[ablation.metric]
-    quantity = Quantity("effect", f"change of {metric}", unit, signed=True)
+    metric, unit, worse = METRICS[ablation.metric]
+    quantity = Quantity("effect", f"change of {metric}", unit, signed=True, worse=worse)
     return head_grids(ablation.to_frame(), [quantity], heading(ablation), across=2)
 
 
@@ -61,24 +64,41 @@ def show_ranking(ablation: Ablation) -> go.Figure:
     records = known[:MOST][::-1]
     names = [record["head"] for record in records]
     figure = go.Figure(effect_bars(records, names, ablation.metric, "this head"))
-    figure.add_trace(
-        go.Scatter(
-            x=[record["control"] for record in records],
-            y=names,
-            mode="markers",
-            marker={"color": CONTROL, "symbol": "diamond", "size": 8},
-            error_x=error_bars(records, "control"),
-            hovertemplate="other heads of the layer %{x:.3f}<extra></extra>",
-            name="random other heads of the layer",
+    if with_controls(ablation):
+        figure.add_trace(
+            go.Scatter(
+                x=[record["control"] for record in records],
+                y=names,
+                mode="markers",
+                marker={"color": CONTROL, "symbol": "diamond", "size": 8},
+                error_x=error_bars(records, "control"),
+                hovertemplate="other heads of the layer %{x:.3f}<extra></extra>",
+                name="random other heads of the layer",
+            )
         )
-    )
     styled(figure, heading(ablation), 24 * len(records) + 150)
-    figure.update_xaxes(title=change_of(ablation.metric), zeroline=True)
+    figure.update_xaxes(title=f"{change_of(ablation.metric)}; {RED}", zeroline=True)
     figure.update_layout(
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         bargap=0.35,
         margin_t=84,
     )
+    return _with_colours(figure)
+
+
+def with_controls(ablation: Ablation) -> bool:
+    """Whether any head stands beside random others."""
+    return bool((~ablation.control.isnan()).any())
+
+
+def _with_colours(figure: go.Figure) -> go.Figure:
+    """The figure with a legend of the two colours of its bars, in place of that of the bars."""
+    figure.update_traces(showlegend=False, selector={"type": "bar"})
+    for colour, name in ((WORSE, "the task goes worse"), (BETTER, "better")):
+        marker = {"color": colour, "symbol": "square", "size": 11}
+        figure.add_trace(
+            go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, legendrank=1)
+        )
     return figure
 
 
@@ -161,7 +181,8 @@ def ablation_lines(ablation: Ablation, vocab: int | None, most: int = 3) -> list
     found = costly(ranked(ablation), ablation.metric)[:most]
     if not found:
         task = task_name(ablation)
-        return [*lines, f"No single head matters there: no interval lies clear of 0 ({task})."]
+        none = f"No single head matters there: {NONE_CLEAR} ({task})."
+        return [*lines, none]
     return [*lines, *(f"Ablating {r['head']} {cost_text(r, ablation.metric)}." for r in found)]
 
 
@@ -179,9 +200,13 @@ def task_lines(result: Graded, vocab: int | None) -> list[str]:
 
 
 def costly(records: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """Records whose interval lies on the bad side of no effect, the largest cost first."""
+    """Records whose interval lies on the bad side of no effect, the largest cost first.
+
+    Costs under `LEAST` are left out.
+    """
     worse = METRICS[metric][2]
-    found = [record for record in records if _least(record, worse) > 0]
+    costs = [record for record in records if record["effect"] * worse >= LEAST]
+    found = [record for record in costs if _least(record, worse) > 0]
     return sorted(found, key=lambda record: -record["effect"] * worse)
 
 

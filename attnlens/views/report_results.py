@@ -32,8 +32,12 @@ CELLS = "Each cell is a head: layers from top to bottom, heads from left to righ
 
 
 @singledispatch
-def part_of(result: Any) -> Part:
-    """The part of a report that a result makes. Raises InputError for other results."""
+def part_of(result: Any, vocab: int | None = None) -> Part:
+    """The part of a report that a result makes. Raises InputError for other results.
+
+    `vocab`, the size of the model's vocabulary where it is known, tells what guessing would give.
+    Parts of ablations take it.
+    """
     raise InputError(f"There is no part of a report of a {type(result).__name__}.")
 
 

@@ -64,10 +64,13 @@ def styled(figure: go.Figure, title: str, height: int, width: int | None = None)
     return figure
 
 
-def colour_axis(scale: str, low: float, high: float, title: str) -> dict[str, Any]:
-    """A colour axis from `low` to `high` on a named scale."""
+def colour_axis(
+    scale: str, low: float, high: float, title: str, turned: bool = False
+) -> dict[str, Any]:
+    """A colour axis from `low` to `high` on a named scale, or from `high` to `low` where turned."""
     return {
         "colorscale": SCALES[scale],
+        "reversescale": turned,
         "cmin": low,
         "cmax": high,
         "colorbar": {

@@ -13,7 +13,8 @@ from attnlens.sweeps.modes import Mode
 from attnlens.tasks import repeated_tokens
 from attnlens.views import show
 from attnlens.views.ablation_parts import INSTEAD
-from attnlens.views.ranking import BETTER, WORSE
+from attnlens.views.panels import RED
+from attnlens.views.ranking import BETTER, METRICS, WORSE, effect_bars, show_ranking
 from attnlens.views.report_results import part_of
 from tests.views.models import hand_wired
 
@@ -176,6 +177,70 @@ def test_every_part_says_that_the_circuit_matters(made):
     assert "L0H0" not in said
     assert len(part.figures) >= 1
     assert all(len(table.frame) for table in part.tables.values())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("made", [_heads, _pairs, _positions])
+def test_red_is_worse_in_every_heat_map_as_in_the_bars(made, metric):
+    figure = show(replace(made(), metric=metric))
+    axis = figure.layout.coloraxis
+    falls_are_red = METRICS[metric][2] < 0
+    assert axis.colorscale[-1][1] == WORSE
+    assert bool(axis.reversescale) == falls_are_red
+    said = axis.colorbar.title.text or figure.layout.annotations[0].text
+    assert said.endswith(RED)
+    fall = [{"effect": -1.0, "effect_low": -1.0, "effect_high": -1.0}]
+    bar = effect_bars(fall, ["x"], metric, "x").marker.color[0]
+    assert bar == (WORSE if falls_are_red else BETTER)
+
+
+def test_the_ranking_has_a_legend_of_its_colours_and_no_diamonds_without_controls():
+    whole = _heads()
+    shown = [trace.name for trace in show_ranking(whole).data if trace.showlegend is not False]
+    assert shown == ["random other heads of the layer", "the task goes worse", "better"]
+    alone = replace(whole, control=torch.full_like(whole.control, torch.nan))
+    assert [trace.name for trace in show_ranking(alone).data][1:] == shown[1:]
+    assert "diamonds" in part_of(whole).prose
+    assert "diamonds" not in part_of(alone).prose
+
+
+def test_estimates_of_another_metric_keep_their_own_unit_sign_and_no_line_of_agreement():
+    result = al.ablate_screened(hand_wired(), _task(), top=3, metric="accuracy")
+    assert result.estimated == "loss"
+    figure = show(result)
+    assert len(figure.data) == 2
+    assert figure.layout.annotations[0].text == f"estimated change of loss (nats); {RED}"
+    assert not figure.layout.coloraxis.reversescale
+    assert figure.layout.xaxis2.title.text == "estimated change of loss (nats)"
+    assert figure.layout.yaxis2.title.text == "exact change of accuracy"
+
+
+@pytest.mark.parametrize("made", EVERY)
+def test_parts_say_how_sure_intervals_are_and_what_guessing_gives(made):
+    part = part_of(replace(made(), confidence=0.8))
+    said = part.prose + "".join(drawn.caption for drawn in part.figures.values())
+    assert "80 %" in said
+    assert "95" not in said
+    guessed = replace(made(), metric="loss", clean=torch.full((4,), 3.5))
+    assert "guessing" in part_of(guessed, 32).lines[1]  # ln 32 = 3.47
+    assert "guessing" not in part_of(guessed, 64).lines[1]
+
+
+def test_intervals_that_miss_0_by_chance_are_counted():
+    result = replace(_heads(), confidence=0.9)
+    assert "Of 3 heads without any effect, about 0.15 would" in part_of(result).prose
+    pairs = part_of(replace(_pairs(), confidence=0.9)).prose
+    assert "Of 3 pairs without any effect, about 0.30 would have an interval clear of 0" in pairs
+    one = replace(result, clean=result.clean[:1], ablated=result.ablated[:, :1])
+    assert "by chance" not in part_of(one).prose
+
+
+def test_costs_that_read_as_nothing_are_not_findings():
+    tiny = torch.tensor([-4e-4, -4e-4, -0.02], dtype=torch.float64)
+    part = part_of(replace(_heads(), effect=tiny, low=2 * tiny, high=tiny / 2))
+    assert [line.split()[1] for line in part.lines[1:]] == ["L1H2"]
+    none = part_of(replace(_heads(), effect=tiny / 100, low=tiny, high=tiny / 200))
+    assert "no cost of 0.001 or more has an interval clear of 0" in none.lines[-1]
 
 
 def test_every_mode_is_explained():

@@ -21,7 +21,7 @@ def _ablation(effect, metric="loss", clean=1.0) -> Ablation:
         task="repeated_tokens", metric=metric, mode=Mode.ZERO, heads=HEADS, clean=clean,
         ablated=clean + numbers[:, None], effect=numbers, low=numbers - 0.1, high=numbers + 0.1,
         control=torch.zeros(2), control_low=torch.zeros(2), control_high=torch.zeros(2),
-        control_heads=((HEADS[1],), (HEADS[0],)), seed=0, notes=(),
+        control_heads=((HEADS[1],), (HEADS[0],)), seed=0, confidence=0.95, notes=(),
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def test_together_keeps_the_signs_of_its_interval():
     result = SetAblation(
         "indirect_object", "logit_difference", Mode.MEAN, HEADS, torch.ones(2), torch.ones(2),
         effect=0.5, low=-0.4, high=1.5, control=torch.tensor([-0.2]), control_sets=(HEADS,),
-        seed=0, notes=(),
+        seed=0, confidence=0.95, notes=(),
     )  # fmt: skip
     assert together_line(result) == (
         "Ablating the 2 induction heads together gains 0.50 logits of logit difference "

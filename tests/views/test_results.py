@@ -68,7 +68,7 @@ def test_ablation_is_red_where_the_loss_rises():
 
 
 def test_the_ranking_puts_the_largest_effect_on_top_beside_its_control():
-    bars, controls = show_ranking(_ablation()).data
+    bars, controls, *_ = show_ranking(_ablation()).data
     assert list(bars.y[-2:]) == ["L1H2", "L0H1"]
     assert list(controls.x)[-2:] == pytest.approx([0, 0], abs=0.01)
 
