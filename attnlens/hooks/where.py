@@ -1,16 +1,15 @@
-"""Where an edit acts: positions of a text, phases of its reading, rows and keys of one call.
+"""Where an edit acts: phases of a text's reading, and the rows and keys of one call.
 
-Positions count the real tokens of a text from 0; padding is never among them. While a cache is in
-use they go on counting, so position 12 is the same token in the prompt's own pass and later.
+While a cache is in use positions go on counting, so position 12 is the same token in the prompt's
+own pass and later.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,14 +18,10 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Site
 from attnlens.errors import InputError
+from attnlens.hooks.positions import Positions, resolve
 from attnlens.hooks.seam import Asked
 from attnlens.hooks.session import Handle
 from attnlens.hooks.tokens import Sides, Tokens
-
-PositionsOf = Callable[[Int[Tensor, "batch position"]], Bool[Tensor, "batch position"]]
-Positions = int | slice | Sequence[int] | Tensor | PositionsOf | None
-"""One position (`-1` the last), a slice, several, a mask `[position]` or `[batch, position]` over
-the padded input, or a function of the token ids that returns such a mask; None for all."""
 
 Phase = Literal["all", "prefill", "decode"]
 """Which passes: the one that reads the prompt, those that follow with a cache, or all."""
@@ -243,78 +238,3 @@ def check_phase(phase: str) -> None:
     """Raise InputError for an unknown phase."""
     if phase not in get_args(Phase):
         raise InputError(f"There is no phase {phase!r}; choose {', '.join(get_args(Phase))}.")
-
-
-def resolve(
-    positions: Positions,
-    real: Bool[Tensor, "batch position"],
-    ids: Int[Tensor, "batch position"] | None,
-    growing: bool = False,
-) -> Bool[Tensor, "batch position"]:
-    """The mask that positions stand for, in a padded batch; `growing` texts may yet have them."""
-    if positions is None:
-        return real
-    if callable(positions) and not isinstance(positions, Tensor):
-        return _asked_of_ids(positions, real, ids).to(real.device) & real
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        return _widened(positions, real, growing) & real
-    counts: list[int] = real.sum(-1).tolist()
-    mask = torch.zeros_like(real)
-    for prompt, count in enumerate(counts):
-        numbers = _numbers(positions, count, prompt, growing)
-        own = real[prompt].nonzero()[:, 0]
-        mask[prompt, own[torch.tensor(numbers, dtype=torch.long, device=own.device)]] = True
-    return mask
-
-
-def _numbers(positions: Any, count: int, prompt: int, growing: bool) -> list[int]:
-    """Positions of one prompt of `count` real tokens, from 0."""
-    if isinstance(positions, slice):
-        return list(range(count))[positions]
-    try:
-        several = positions.tolist() if isinstance(positions, Tensor) else positions
-        asked = [index(p) for p in (several if isinstance(several, Iterable) else [several])]
-    except TypeError as error:
-        raise InputError(
-            f"{positions!r} names no positions: give a number, a slice, numbers, a boolean mask, "
-            "or a function of the token ids."
-        ) from error
-    outside = [p for p in asked if not -count <= p < count]
-    if outside and not growing:
-        raise InputError(
-            f"Position {outside[0]} is outside prompt {prompt}, which has {count} tokens: choose "
-            f"{-count} to {count - 1}, or a slice, which takes what is there."
-        )
-    return [p % count for p in asked if -count <= p < count]
-
-
-def _widened(mask: Tensor, real: Tensor, growing: bool) -> Tensor:
-    """A mask over the input as wide as the text is by now; what was not asked is not chosen."""
-    wide = mask.to(real.device)
-    wide = wide if wide.ndim == 2 else wide[None]
-    fits = wide.shape[1] == real.shape[1] or growing
-    if wide.ndim != 2 or not fits or wide.shape[0] not in (1, real.shape[0]):
-        raise InputError(
-            f"A mask of positions has shape {list(mask.shape)}, and the input is "
-            f"{list(real.shape)}: give [position] or [batch, position] of the padded input (beams "
-            "and several answers a prompt multiply its batch)."
-        )
-    missing = max(real.shape[1] - wide.shape[1], 0)
-    wide = torch.nn.functional.pad(wide, (0, missing))[:, : real.shape[1]]
-    return wide.expand(real.shape[0], -1)
-
-
-def _asked_of_ids(function: PositionsOf, real: Tensor, ids: Tensor | None) -> Tensor:
-    if ids is None or ids.shape[1] != real.shape[1]:
-        raise InputError(
-            "Positions are given by a function of the token ids, and the ids of this pass are not "
-            "known (embeddings or images instead of ids, or a cache that was filled before the "
-            "edit began)."
-        )
-    mask = function(ids)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
-        raise InputError(
-            f"The function of positions must return a boolean tensor of the shape of the ids, "
-            f"{list(ids.shape)}."
-        )
-    return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,16 +16,9 @@ from transformers import DynamicCache, StaticCache
 import attnlens as al
 from attnlens.errors import InputError
 from attnlens.hooks.edits import Edit
-from attnlens.hooks.where import Positions, resolve
+from attnlens.hooks.positions import Positions, resolve
 from attnlens.lens import Lens
-from tests.architectures import ARCHITECTURES
-
-IDS = torch.arange(20, 32)[None]
-
-
-def lens(name: str) -> Lens:
-    model = ARCHITECTURES[name].build()
-    return Lens(model, example=ARCHITECTURES[name].inputs(model))
+from tests.hooks.editing import IDS, lens
 
 
 def test_positions_count_real_tokens() -> None:
@@ -46,6 +40,10 @@ def test_positions_count_real_tokens() -> None:
         (torch.tensor([1, 1, 1, 0, 0]).bool(), [[2], [0, 1, 2], [0, 1, 2]]),
         (torch.eye(5)[:3].bool(), [[], [1], [2]]),
         (even, [[2, 4], [1, 3], [0, 2]]),
+        (np.int64(-1), [[4], [4], [2]]),  # type: ignore[list-item]
+        (np.array([0, -1]), [[2, 4], [0, 4], [0, 2]]),  # type: ignore[list-item]
+        (np.eye(5)[:3] > 0, [[], [1], [2]]),  # type: ignore[list-item]
+        (range(2), [[2, 3], [0, 1], [0, 1]]),
     ]
     for positions, wanted in cases:
         mask = resolve(positions, real, ids)
@@ -83,13 +81,20 @@ def test_a_slice_takes_what_a_list_of_the_real_tokens_gives(
         (lambda ids: (ids > 3)[:, 1:], "must return a boolean tensor"),
         ("last", "'last' names no positions"),
         (1.5, "1.5 names no positions"),
+        (True, "True names no positions"),
+        ([True] * 12, r"mask \(a boolean tensor\)"),
+        (slice(0, 1.5), r"slice\(0, 1.5, None\) names no positions"),
+        (slice(None, None, 0), "names no positions"),
+        (torch.tensor([[1, 2]]), r"\[\[1, 2\]\] names no positions"),
+        (torch.tensor([1.0]), "names no positions"),
+        (torch.tensor(True), r"A mask of positions has shape \[\], and"),
     ],
 )
 def test_wrong_positions_are_told(positions: Any, says: str) -> None:
     subject = lens("gpt2")
-    edit = al.Zero("L0H1", queries=positions)
-    with pytest.raises(InputError, match=says), subject.edit(edit), torch.no_grad():
-        subject.model(input_ids=IDS)
+    with pytest.raises(InputError, match=says), torch.no_grad():  # noqa: SIM117
+        with subject.edit(al.Zero("L0H1", queries=positions)):
+            subject.model(input_ids=IDS)
     with pytest.raises(InputError, match="no phase 'answer'; choose all, prefill, decode"):
         al.Zero("L0H1", phase="answer")  # type: ignore[arg-type]
 

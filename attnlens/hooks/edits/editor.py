@@ -34,6 +34,12 @@ class Editor(Observer):
     ) -> None:
         if not edits:
             raise InputError("No edit was given. For example lens.edit(al.Zero('L3H5')).")
+        for edit in edits:
+            if not isinstance(edit, HeadEdit | StreamEdit):
+                raise InputError(
+                    f"What is of type {type(edit).__name__} is no edit. Give edits one by one: "
+                    "lens.edit(al.Zero('L3H5'), al.Scale('L4', 0.5)), or lens.edit(*edits)."
+                )
         self.running = Running()
         self.sites = frozenset(name for edit in edits for name in edit.sites(anatomy))
         self._anatomy = anatomy

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from attnlens.anatomy import Site
 from attnlens.errors import InputError
-from attnlens.hooks.edits.base import HeadEdit, at_site, with_pattern, with_z
+from attnlens.hooks.edits.base import HeadEdit
+from attnlens.hooks.edits.changes import with_pattern, with_z
+from attnlens.hooks.edits.given import at_site, check_number, check_tensors
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call, View
 from attnlens.hooks.where import Where
@@ -32,6 +34,10 @@ class Scale(HeadEdit):
 
     factor: float
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("factor", self.factor)
+
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Scale z of the heads."""
         return with_z(call, where, lambda z: z * self.factor)
@@ -47,9 +53,13 @@ class Mean(HeadEdit):
 
     means: Mapping[str, Float[Tensor, "*position head d_v"]]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors("means", self.means)
+
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Put the mean in the place of z."""
-        by_position = any(means.ndim == 3 for means in self.means.values())
+        by_position = site.name in self.means and self.means[site.name].ndim == 3
         position = (None,) if by_position else ()
         means = at_site(self.means, site, "mean z", *position, site.heads, site.d_v)
         means = means.to(call.output)
@@ -97,6 +107,7 @@ class Identity(HeadEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("share", self.share)
         if not 0 <= self.share <= 1:
             raise InputError(f"share={self.share:g} is no share: give 0 to 1.")
 

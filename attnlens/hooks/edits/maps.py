@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from attnlens.anatomy import Site
-from attnlens.hooks.edits.base import HeadEdit, chosen_keys, with_pattern, with_scores
+from attnlens.hooks.edits.base import HeadEdit
+from attnlens.hooks.edits.changes import chosen_keys, with_pattern, with_scores
+from attnlens.hooks.edits.given import check_number
+from attnlens.hooks.positions import Positions
 from attnlens.hooks.seam import Call, View
-from attnlens.hooks.where import Positions, Where
+from attnlens.hooks.where import Where
 from attnlens.kernels.rows import hidden_value
 
 
@@ -24,12 +27,16 @@ class Bias(HeadEdit):
     value: float
     keys: Positions = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("value", self.value)
+
     def see(self, site: Site, call: Call, where: Where) -> Call:
         """Add to the scores; what a row does not see stays hidden."""
 
         def biased(scores: Tensor, view: View) -> Tensor:
-            keys = chosen_keys(where, view)
-            return scores + (self.value if keys is None else self.value * keys.to(scores.dtype))
+            keys, moved = chosen_keys(where, view), scores + self.value
+            return moved if keys is None else torch.where(keys, moved, scores)
 
         return with_scores(site, call, where, biased)
 

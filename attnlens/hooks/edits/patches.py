@@ -12,19 +12,19 @@ from torch import Tensor
 
 from attnlens.anatomy import Anatomy, Head, Site
 from attnlens.errors import InputError
-from attnlens.hooks.edits.base import (
-    HeadEdit,
-    StreamEdit,
+from attnlens.hooks.edits.base import HeadEdit, StreamEdit
+from attnlens.hooks.edits.changes import chosen_keys, with_pattern, with_z
+from attnlens.hooks.edits.given import (
     at_site,
+    check_number,
     check_prompts,
-    chosen_keys,
+    check_tensors,
     taken_at,
-    with_pattern,
-    with_z,
 )
 from attnlens.hooks.edits.text import spec_text
+from attnlens.hooks.positions import Positions
 from attnlens.hooks.seam import Asked, Call, View
-from attnlens.hooks.where import Positions, Where
+from attnlens.hooks.where import Where
 
 Kind = Literal["q", "k", "v", "z", "pattern"]
 
@@ -83,6 +83,10 @@ class Patch(_OfKind):
     )
     keys: Positions = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors("values", self.values)
+
     def enter(self, site: Site, asked: Asked, where: Where) -> Asked:
         """Replace q, k or v."""
         if self.kind not in ("q", "k", "v"):
@@ -140,6 +144,8 @@ class Steer(_OfKind):
         super().__post_init__()
         if self.kind == "pattern":
             raise InputError("A pattern has no direction to steer in; choose q, k, v or z.")
+        check_tensors("vectors", self.vectors)
+        check_number("factor", self.factor)
 
     def enter(self, site: Site, asked: Asked, where: Where) -> Asked:
         """Add to q, k or v."""
@@ -171,6 +177,10 @@ class PatchStream(StreamEdit):
         kw_only=True, metadata={"by_prompt": True}, repr=False
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors("values", self.values)
+
     def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
         """Put the kept stream in the place of the model's."""
         kept = at_site(self.values, site, self.stream, None, None, stream.shape[-1])
@@ -188,6 +198,11 @@ class SteerStream(StreamEdit):
 
     vectors: Mapping[str, Float[Tensor, " d_model"]] = field(kw_only=True)
     factor: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tensors("vectors", self.vectors)
+        check_number("factor", self.factor)
 
     def change(self, site: Site, stream: Tensor, rows: Tensor | None, start: int) -> Tensor:
         """Add the vector."""

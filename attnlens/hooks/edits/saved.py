@@ -23,8 +23,8 @@ from attnlens.hooks.edits.base import Edit
 from attnlens.hooks.edits.heads import Identity, Mean, Scale, Uniform, Zero
 from attnlens.hooks.edits.maps import Bias, Drop, Hide
 from attnlens.hooks.edits.patches import Patch, PatchStream, Steer, SteerStream
-from attnlens.hooks.edits.text import layers_text, spec_text
-from attnlens.hooks.where import PositionsOf
+from attnlens.hooks.edits.text import spec_text
+from attnlens.hooks.positions import PositionsOf
 
 _KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
@@ -65,7 +65,7 @@ def edits_from_json(text: str, functions: Functions | None = None) -> tuple[Edit
     """
     try:
         read = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"This is no JSON of edits: {error}.") from error
     if not isinstance(read, list):
         raise InputError("A JSON of edits is a list of objects, as edits_to_json writes it.")
@@ -115,8 +115,7 @@ def _positions_to(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _tensor_to(value)
     if isinstance(value, slice):
-        ends = (value.start, value.stop, value.step)
-        return {"slice": [None if end is None else index(end) for end in ends]}
+        return {"slice": [value.start, value.stop, value.step]}
     if callable(value):
         name = getattr(value, "__name__", "<lambda>")
         if name == "<lambda>":
@@ -125,7 +124,7 @@ def _positions_to(value: Any) -> Any:
                 "def, or give positions or a mask."
             )
         return {"function": name}
-    return [index(place) for place in value] if isinstance(value, Sequence) else index(value)
+    return value
 
 
 def _positions_from(value: Any, functions: Functions) -> Any:
@@ -196,7 +195,7 @@ _TENSORS: _Form = _tensors_to, _tensors_from
 _POSITIONS: _Form = _positions_to, _positions_from
 _FORMS: dict[str, _Form] = {
     "heads": (spec_text, _text),
-    "layers": (layers_text, _text),
+    "layers": (spec_text, _text),
     "phase": (_text, _text),
     "kind": (_text, _text),
     "stream": (_text, _text),

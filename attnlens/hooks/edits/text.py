@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from attnlens.anatomy import Head, HeadSpec
-from attnlens.hooks.where import Positions
+from attnlens.anatomy import HeadSpec
+from attnlens.hooks.edits.given import held_heads
+from attnlens.hooks.positions import Positions
 
 
 def describe(edit: object) -> str:
@@ -21,28 +20,10 @@ def describe(edit: object) -> str:
     return " ".join([type(edit).__name__, *words])
 
 
-def spec_text(spec: HeadSpec) -> str:
-    """A specification of heads as its text: `L3H5,L4H0`."""
-    if isinstance(spec, str):
-        return spec
-    if isinstance(spec, Head):
-        return str(spec)
-    parts: list[Any] = list(spec)
-    if len(parts) == 2 and all(isinstance(part, int) for part in parts):
-        return f"L{parts[0]}H{parts[1]}"
-    return ",".join(spec_text(part) for part in parts)
-
-
-def layers_text(spec: HeadSpec | int) -> str:
-    """A specification of layers as its text: `L3,L4`."""
-    if isinstance(spec, int):
-        return f"L{spec}"
-    if isinstance(spec, str | Head):
-        return str(spec)
-    parts: tuple[Any, ...] = tuple(spec)
-    if all(isinstance(part, int) for part in parts):
-        return ",".join(f"L{part}" for part in parts)
-    return spec_text(parts)
+def spec_text(spec: HeadSpec | int) -> str:
+    """A specification of heads or layers as its text: `L3H5,L4H0`."""
+    held = held_heads(spec)
+    return ",".join(map(str, held)) if isinstance(held, tuple) else str(held)
 
 
 def where_text(edit: object) -> str:
@@ -62,10 +43,8 @@ def positions_text(positions: Positions) -> str:
         parts = [positions.start, positions.stop, positions.step]
         shown = ["" if part is None else str(part) for part in parts]
         return ":".join(shown if positions.step is not None else shown[:2])
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        return f"of a mask {list(positions.shape)}"
-    if callable(positions) and not isinstance(positions, Tensor):
-        return f"of {getattr(positions, '__name__', 'a function')}"
     if isinstance(positions, Tensor):
-        return str(positions.tolist())
+        return f"of a mask {list(positions.shape)}"
+    if callable(positions):
+        return f"of {getattr(positions, '__name__', 'a function')}"
     return str(list(positions) if isinstance(positions, Sequence) else positions)
