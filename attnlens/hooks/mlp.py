@@ -236,7 +236,7 @@ class _Finder:
         return None
 
     def _passes_on(self, run: _Ran, theirs: Sequence[Tensor]) -> bool:
-        """Whether a module passes attention's output on (dropout, a norm)."""
+        """Whether a module passes attention's output on (dropout, a norm, YOLOS's projection)."""
         samples = [self._streams[number].sample for number in (run.made, *run.entered)]
         return any(torch.equal(sample, own) for sample in samples for own in theirs)
 

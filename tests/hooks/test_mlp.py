@@ -141,6 +141,18 @@ def test_what_attention_adds_is_not_taken_for_a_silent_mlp() -> None:
     assert list(found) == ["bert.encoder.layer.0"]
 
 
+def test_a_module_around_attentions_own_projection_is_none_either() -> None:
+    """YOLOS's projection lies in a module beside attention, which holds a matrix as MLPs do."""
+    model, inputs, anatomy = opened("yolos")
+    found = find_mlps(model, anatomy, inputs)
+    silent: Any = ARCHITECTURES["yolos"].build().double()
+    for mlp in found.values():
+        for weight in silent.get_submodule(mlp.name).parameters():
+            nn.init.zeros_(weight)
+    assert len(found) == len(blocks_of(anatomy))
+    assert find_mlps(silent, examine(silent, inputs), inputs) == {}
+
+
 def test_nothing_stays_on_a_model_that_fails() -> None:
     model, inputs, anatomy = opened("gpt2")
 
