@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from inspect import signature
 
 import pandas as pd
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from attnlens.cli import main, options
 from attnlens.cli.ablate_job import values_kept
+from attnlens.cli.ablate_show import vocabulary
 from attnlens.cli.app import ablate as command
 from attnlens.cli.main_job import TASKS
 from attnlens.errors import BudgetError
@@ -119,6 +123,25 @@ def test_resume_begins_where_there_is_nothing_yet(run, wired_model, tmp_path):
     )
     assert code == 0
     assert "L0H1" in said
+
+
+def test_a_model_that_only_guesses_is_said_to(run, copy_of, tmp_path):
+    """Loud wrong answers; the vocabulary is known from the store, so --show says it too."""
+    model = LlamaForCausalLM.from_pretrained(copy_of)
+    with torch.no_grad():
+        model.lm_head.weight *= 50
+    model.save_pretrained(copy_of)
+    asked = [copy_of, "--heads", "L0H1", *FEW, "--out", tmp_path / "sweep"]
+    for words in (asked, ["--show", tmp_path / "sweep"]):
+        code, said, _ = run(*words)
+        assert code == 0
+        assert "That is no better than guessing" in said
+    manifest = Store.open(tmp_path / "sweep").manifest
+    size = vocabulary(manifest)
+    assert size == manifest.model["config"]["vocab_size"]
+    nested = {**manifest.model, "config": {"text_config": {"vocab_size": size}}}
+    assert vocabulary(replace(manifest, model=nested)) == size
+    assert vocabulary(replace(manifest, model={**nested, "config": {}})) is None
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_values(run, small_model, tmp_path):
