@@ -104,6 +104,7 @@ def test_later_patterns_are_the_clean_ones_and_padding_is_no_matter() -> None:
         "Patch q of L1",
         "Patch k of L1",
     ]
+    assert [list(edit.values) for edit in edits if isinstance(edit, al.Patch)] == [["L1"], ["L1"]]
     with lens.edit(*edits):
         held = lens.run(batch, keep="pattern").pattern
     assert torch.equal(held["L0"], clean["L0"])
@@ -114,6 +115,14 @@ def test_later_patterns_are_the_clean_ones_and_padding_is_no_matter() -> None:
         together = outcome(lens.model, batch)
     with lens.edit(*al.frozen(lens, "L0", alone)):
         torch.testing.assert_close(together[1:, :7], outcome(lens.model, alone))
+
+
+def test_all_above_the_lowest_head_is_held() -> None:
+    lens, inputs = opened("diffllama")
+    edits = al.frozen(lens, "L1H2,L0H0", inputs)
+    names = [site.name for site in lens.anatomy.sites][1:]
+    assert len(names) > 1
+    assert [str(edit) for edit in edits[1:]] == [f"Patch {k} of {','.join(names)}" for k in "qk"]
 
 
 def test_above_the_last_layer_nothing_is_held() -> None:
