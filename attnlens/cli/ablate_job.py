@@ -20,6 +20,7 @@ from attnlens.errors import AttnlensError, FileError, InputError
 from attnlens.lens import Lens
 from attnlens.sweeps.store import Store
 from attnlens.sweeps.sweep import SweepSettings
+from attnlens.views.panels import count_text
 
 
 def run_sweep(
@@ -39,10 +40,13 @@ def run_sweep(
     if task is None:
         raise InputError(f"This model cannot be graded: {no_grading(lens)}.")
     made = {
-        "heads": (ablate, _count(len(heads), "head")),
-        "layers": (ablate_layers, _count(len({head.site for head in heads}), "layer")),
-        "pairs": (ablate_pairs, f"{_count(len(heads) * (len(heads) - 1) // 2, 'pair')} of heads"),
-        "positions": (ablate_positions, f"{_count(len(heads), 'head')} position by position"),
+        "heads": (ablate, count_text(len(heads), "head")),
+        "layers": (ablate_layers, count_text(len({head.site for head in heads}), "layer")),
+        "pairs": (
+            ablate_pairs,
+            f"{count_text(len(heads) * (len(heads) - 1) // 2, 'pair')} of heads",
+        ),
+        "positions": (ablate_positions, f"{count_text(len(heads), 'head')} position by position"),
     }
     run, what = made[asked.by]
     begun = False
@@ -63,10 +67,6 @@ def run_sweep(
             if kept is not None:
                 error.add_note(kept)
             raise
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _settings(asked: SweepAsked, out: Path) -> SweepSettings:

@@ -14,6 +14,7 @@ from attnlens.errors import FileError
 from attnlens.sweeps.manifest import Manifest
 from attnlens.sweeps.store import Store
 from attnlens.views.ablation_parts import part_of
+from attnlens.views.panels import count_text
 from attnlens.views.report_parts import write_page
 
 RESULTS = "results"
@@ -78,5 +79,5 @@ def _origin(manifest: Manifest) -> str:
         if package in manifest.versions
     )
     weights = f"{manifest.model['name']}, weights {manifest.model['weights']}"
-    prompts = f"{manifest.prompts} prompt{'s' * (manifest.prompts != 1)}"
+    prompts = count_text(manifest.prompts, "prompt")
     return f"{weights}; {prompts}, seed {manifest.seed}; {versions}"

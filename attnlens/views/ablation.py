@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from attnlens.views.panels import (
     RED,
     Quantity,
     add_grid,
+    count_text,
     domains,
     interval_text,
     number_text,
@@ -48,6 +50,9 @@ LABELLED = 64
 """Rows and columns of a heat map that have room for a name."""
 NUMBERED = 12
 """Columns of a heat map whose cells have room for a number."""
+TOLD = 20_000
+"""Cells of a heat map whose hover texts a page can hold; of more the hover says the value."""
+PLAIN = "<b>%{y}</b>, %{x}: %{z:.3f}"
 
 Grid = Float[np.ndarray, "row column"]
 
@@ -56,7 +61,7 @@ Grid = Float[np.ndarray, "row column"]
 def show_groups(result: GroupAblation) -> go.Figure:
     """Effect of each group with its interval, in the order in which they were given."""
     listed = [heads_text(heads) for heads in result.groups]
-    title = f"{mode_name(result.mode)} ablation of {_count(len(listed), group_word(result))}"
+    title = f"{mode_name(result.mode)} ablation of {count_text(len(listed), group_word(result))}"
     return _bars(result, result.ablated, result.names, listed, title)
 
 
@@ -71,7 +76,7 @@ def show_edits(result: EditEffects) -> go.Figure:
 def show_set(result: SetAblation) -> go.Figure:
     """Effect of a set of heads with its interval, beside each random set of as many heads."""
     record = {"effect": result.effect, "effect_low": result.low, "effect_high": result.high}
-    own, others = f"the set ({_count(len(result.heads), 'head')})", "random sets of as many"
+    own, others = f"the set ({count_text(len(result.heads), 'head')})", "random sets of as many"
     unit = METRICS[result.metric][1]
     figure = go.Figure(effect_bars([record], [own], result.metric, own, [heads_text(result.heads)]))
     figure.add_trace(
@@ -96,9 +101,10 @@ def show_pairs(result: PairAblation) -> go.Figure:
     values = result.interaction.clone()
     values.fill_diagonal_(0)
     values += result.single.diag()
-    texts = [[_pair_text(result, i, j) for j in range(len(names))] for i in range(len(names))]
     title = f"{mode_name(result.mode)} ablation of pairs"
-    figure = _heat(result, values.numpy(), names, names, texts, "effect, interaction")
+    figure = _heat(
+        result, values.numpy(), names, names, partial(_pair_text, result), "effect, interaction"
+    )
     styled(figure, _title(result, title, result.joint), _height(len(names), 48))
     figure.update_yaxes(scaleanchor="x", constrain="domain", ticksuffix=" ")
     figure.update_xaxes(constrain="domain")
@@ -113,12 +119,12 @@ def show_positions(result: PositionAblation) -> go.Figure:
         f"{token_label(token)}<sub> {position}</sub>"
         for token, position in zip(result.tokens, result.positions, strict=True)
     ]
-    texts = [
-        [_place_text(result, i, j, labels[j]) for j in range(len(labels))]
-        for i in range(len(names))
-    ]
+
+    def text(i: int, j: int) -> str:
+        return _place_text(result, i, j, labels[j])
+
     title = f"{mode_name(result.mode)} ablation by position"
-    figure = _heat(result, result.effect.numpy(), names, labels, texts, "effect")
+    figure = _heat(result, result.effect.numpy(), names, labels, text, "effect")
     styled(figure, _title(result, title, result.ablated), _height(len(names), 24))
     figure.update_xaxes(
         title="position (tokens of the first prompt)", tickangle=-60, side="bottom",
@@ -256,17 +262,20 @@ def _heat(
     values: Grid,
     rows: Sequence[str],
     columns: Sequence[str],
-    texts: Sequence[Sequence[str]],
+    text: Callable[[int, int], str],
     what: str,
 ) -> go.Figure:
     """A heat map that diverges from no effect, the bad side red.
 
+    `text` is what the hover says of a cell, in maps that are small enough for a page to hold it.
     Raises InputError where no value is known yet.
     """
     known = values[np.isfinite(values)]
     if not known.size:
         raise InputError("There is nothing to draw: no value of this sweep is known yet.")
     top = max(float(np.abs(known).max()), 1e-6)
+    told = values.size <= TOLD
+    texts = [[text(i, j) for j in range(len(columns))] for i in range(len(rows))] if told else None
     figure = go.Figure(
         go.Heatmap(
             z=values.astype(np.float32),
@@ -278,7 +287,7 @@ def _heat(
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            hovertemplate="%{customdata}<extra></extra>",
+            hovertemplate=f"{'%{customdata}' if told else PLAIN}<extra></extra>",
         )
     )
     metric, measured, worse = METRICS[result.metric]
@@ -317,7 +326,3 @@ def _place_text(result: PositionAblation, i: int, j: int, label: str) -> str:
 
 def _height(rows: int, each: int) -> int:
     return int(np.clip(each * rows + 170, 320, 1100))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

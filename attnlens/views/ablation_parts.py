@@ -13,6 +13,7 @@ from attnlens.analyses.ablation_groups import GroupAblation, SetAblation
 from attnlens.analyses.ablation_pairs import PairAblation
 from attnlens.analyses.ablation_positions import PositionAblation
 from attnlens.analyses.edit_effects import EditEffects
+from attnlens.analyses.stored import Swept
 from attnlens.sweeps.modes import Mode
 from attnlens.views.ablation import group_word
 from attnlens.views.panels import interval_text, number_text
@@ -53,8 +54,6 @@ DIAMONDS = (
 )
 COLOURS = "Red: the task goes worse; blue: better."
 BOUNDS = {"effect_low": "from", "effect_high": "to"}
-
-Swept = Ablation | SetAblation | GroupAblation | PairAblation | PositionAblation | EditEffects
 
 
 @part_of.register

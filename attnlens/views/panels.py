@@ -159,6 +159,11 @@ def number_text(value: float) -> str:
     return shown.replace("-", "\u2212" if float(shown) else "")
 
 
+def count_text(number: int, what: str) -> str:
+    """`1 head`, `1,024 heads`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def interval_text(record: Mapping[str, Any], column: str) -> str:
     """The bounds of a number, out of the columns that end in `_low` and `_high`."""
     low, high = (number_text(record[f"{column}_{end}"]) for end in ("low", "high"))

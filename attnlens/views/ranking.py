@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnlens.analyses.ablation import Ablation
 from attnlens.analyses.ablation_groups import SetAblation
-from attnlens.views.panels import RED, Quantity, head_grids, interval_text, number_text
+from attnlens.views.panels import RED, Quantity, count_text, head_grids, interval_text, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import styled
 
@@ -120,7 +120,7 @@ def task_name(result: Graded) -> str:
 def prompts_text(result: Graded) -> str:
     """`16 prompts`, or `9 of 16 prompts` where a sweep is not finished."""
     known, count = int((~result.clean.isnan()).sum()), len(result.clean)
-    return f"{f'{known} of ' * (known < count)}{count} prompt{'s' * (count != 1)}"
+    return f"{f'{known:,} of ' * (known < count)}{count_text(count, 'prompt')}"
 
 
 def missing_text(values: Tensor) -> str:

@@ -11,10 +11,11 @@ import attnlens as al
 from attnlens.errors import InputError
 from attnlens.sweeps.modes import Mode
 from attnlens.tasks import repeated_tokens
-from attnlens.views import show
+from attnlens.views import ablation, show
 from attnlens.views.ablation_parts import INSTEAD
 from attnlens.views.panels import RED
 from attnlens.views.ranking import BETTER, METRICS, WORSE, effect_bars, show_ranking
+from attnlens.views.report_parts import write_page
 from attnlens.views.report_results import part_of
 from tests.views.models import hand_wired
 
@@ -241,6 +242,28 @@ def test_costs_that_read_as_nothing_are_not_findings():
     assert [line.split()[1] for line in part.lines[1:]] == ["L1H2"]
     none = part_of(replace(_heads(), effect=tiny / 100, low=tiny, high=tiny / 200))
     assert "no cost of 0.001 or more has an interval clear of 0" in none.lines[-1]
+
+
+def test_hover_texts_of_large_maps_are_short(monkeypatch):
+    """A page would hold a text for each of a million pairs."""
+    monkeypatch.setattr(ablation, "TOLD", 8)
+    (heat,) = show(_pairs()).data  # 9 cells
+    assert heat.customdata is None
+    assert heat.hovertemplate == "<b>%{y}</b>, %{x}: %{z:.3f}<extra></extra>"
+    (heat,) = show(_positions()).data  # 6 cells
+    assert len(heat.customdata) == 3
+
+
+def test_names_cannot_become_markup_on_the_page(tmp_path):
+    for number, made in enumerate((_groups, _edits)):
+        part = part_of(made())
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_page(folder, part.title, "", part.lines, [part])
+        page = (folder / "index.html").read_text(encoding="utf-8")
+        text = page[page.index("<main") : page.index("</main>")]
+        assert "<circuit>" not in text
+        assert "<b>" not in text
 
 
 def test_every_mode_is_explained():
