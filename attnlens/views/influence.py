@@ -26,10 +26,11 @@ def show_influence(result: AttentionInfluence) -> go.Figure:
         raise InputError("No text has a score, so there is nothing to draw.")
     # Of more texts than can be told apart, some along the whole ranking.
     order = order[:: -(-len(order) // MOST)]
-    score, base, masked = (v[order].tolist() for v in (result.score, result.base, result.masked))
-    low, high = min(*base, *masked), max(*base, *masked)
+    losses = torch.cat([result.base[order], result.masked[order]])
+    low, high = float(losses.min()), float(losses.max())
     edge = (high - low or 1) * 0.05
     ends = [max(low - edge, 0.0), high + edge]
+    largest = float(result.score[order].abs().max()) or 1.0
     figure = go.Figure()
     figure.add_trace(
         go.Scatter(
@@ -41,32 +42,7 @@ def show_influence(result: AttentionInfluence) -> go.Figure:
             name="masking changes nothing",
         )
     )
-    largest = max(map(abs, score)) or 1.0
-    figure.add_trace(
-        go.Scatter(
-            x=base,
-            y=masked,
-            mode="markers",
-            marker={
-                "size": 9,
-                "color": score,
-                "coloraxis": "coloraxis",
-                "line": {"width": 0.5, "color": "#5d666a"},
-            },
-            customdata=[
-                [
-                    f"{float(result.score[number]):+.1%}",
-                    token_label(result.starts[number], 60),
-                    number,
-                    int(result.tokens[number]),
-                ]
-                for number in order
-            ],
-            hovertemplate="<b>%{customdata[0]}</b> text %{customdata[2]}, %{customdata[3]} tokens"
-            "<br>%{customdata[1]}<br>loss %{x:.3f}, masked %{y:.3f}<extra></extra>",
-            showlegend=False,
-        )
-    )
+    figure.add_trace(_texts(result, order))
     mean, bounds = float(result.mean.mean), (float(result.mean.low), float(result.mean.high))
     interval = f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})" if bounds[0] == bounds[0] else ""
     title = f"{_named(result)}: {mean:+.1%}{interval} of loss over {result.prompts} texts"
@@ -117,6 +93,33 @@ def show_contrast(result: Contrast, prompt: int = 0) -> go.Figure:
     figure.update_yaxes(title="probability", range=[-0.03, 1.03])
     figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
     return figure
+
+
+def _texts(result: AttentionInfluence, order: list[int]) -> go.Scatter:
+    """A point a text: its loss with all heads, and with some masked."""
+    return go.Scatter(
+        x=result.base[order].tolist(),
+        y=result.masked[order].tolist(),
+        mode="markers",
+        marker={
+            "size": 9,
+            "color": result.score[order].tolist(),
+            "coloraxis": "coloraxis",
+            "line": {"width": 0.5, "color": "#5d666a"},
+        },
+        customdata=[
+            [
+                f"{float(result.score[number]):+.1%}",
+                token_label(result.starts[number], 60),
+                number,
+                int(result.tokens[number]),
+            ]
+            for number in order
+        ],
+        hovertemplate="<b>%{customdata[0]}</b> text %{customdata[2]}, %{customdata[3]} tokens"
+        "<br>%{customdata[1]}<br>loss %{x:.3f}, masked %{y:.3f}<extra></extra>",
+        showlegend=False,
+    )
 
 
 def _named(result: AttentionInfluence | Contrast) -> str:
