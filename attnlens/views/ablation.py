@@ -291,8 +291,10 @@ def _heat(
         )
     )
     metric, measured, worse = METRICS[result.metric]
-    bar = f"{what} on {metric}" + (f" ({measured})" if measured else "") + f"; {RED}"
-    figure.update_layout(coloraxis=colour_axis("diverging", -top, top, bar, turned=worse < 0))
+    axis = colour_axis("diverging", -top, top, "", turned=worse < 0)
+    unit = f"({measured}); " if measured else ""
+    axis["colorbar"]["title"]["text"] = f"{what} on {metric}<br>{unit}{RED}"
+    figure.update_layout(coloraxis=axis)
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", autorange="reversed")
     figure.update_xaxes(showticklabels=len(columns) <= LABELLED or len(columns) != len(rows))
@@ -325,4 +327,4 @@ def _place_text(result: PositionAblation, i: int, j: int, label: str) -> str:
 
 
 def _height(rows: int, each: int) -> int:
-    return int(np.clip(each * rows + 170, 320, 1100))
+    return int(np.clip(each * rows + 170, 360, 1100))
