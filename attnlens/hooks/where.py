@@ -90,7 +90,7 @@ class Running:
         ]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder: Any = model.get_encoder()  # type: ignore[operator]
-            handles += [_listen(encoder, encode)] if encoder is not model else []
+            handles.append(_listen(encoder, encode))
         return handles
 
     def in_phase(self, phase: Phase) -> bool:
@@ -187,7 +187,7 @@ class Running:
     ) -> Bool[Tensor, "batch place"] | None:
         """The mask over `places` that positions of a text of `end` positions stand for."""
         name = self._name(site, side)
-        key = id(positions), name, side, places, end, batch, device
+        key = id(positions), name, places, end, batch, device
         if key not in self._chosen:
             mask = self._mask(name, positions, end, batch, self._start(site) > self._first)
             if mask is not None:

@@ -137,8 +137,22 @@ def test_what_json_cannot_hold_is_refused() -> None:
 
     with pytest.raises(InputError, match="Mine is no edit of attnlens"):
         al.edits_to_json([Mine("L0")])
+    Mine.__name__ = "Zero"
+    with pytest.raises(InputError, match="Zero is no edit of attnlens"):
+        al.edits_to_json([Mine("L0")])
     with pytest.raises(InputError, match="no tensors of complex64"):
         al.edits_to_json([al.Mean("L0", {"L0": torch.ones(2, 2, dtype=torch.complex64)})])
+
+
+@pytest.mark.filterwarnings("error")
+def test_tensors_come_back_to_be_written_to_whatever_they_were() -> None:
+    wide = torch.arange(12.0).view(3, 4).requires_grad_()
+    text = al.edits_to_json([al.Mean("L0", {"L0": wide.T})])
+    assert "phase" not in text
+    (found,) = al.edits_from_json(text)
+    assert isinstance(found, al.Mean)
+    assert torch.equal(found.means["L0"], wide.T)
+    found.means["L0"].add_(1)
 
 
 TENSOR = {"dtype": "float32", "shape": [1], "data": "AACAPw=="}
@@ -182,6 +196,9 @@ def test_damage_is_told(read: Any, says: str) -> None:
         {"dtype": 3},
         {"shape": [2]},
         {"shape": [-1]},
+        {"shape": [-1, -1]},
+        {"shape": [2], "data": ""},
+        {"data": "AACA*Pw=="},
         {"shape": "1"},
         {"data": "AACAPw"},
         {"data": "AACA*w=="},

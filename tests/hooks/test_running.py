@@ -13,6 +13,8 @@ from transformers import DynamicCache, StaticCache
 import attnlens as al
 from attnlens.errors import InputError
 from attnlens.hooks.edits import HeadEdit
+from attnlens.hooks.seam import Asked
+from attnlens.hooks.where import Running
 from attnlens.lens import Lens
 from tests.architectures import ARCHITECTURES
 from tests.hooks.editing import IDS, lens
@@ -96,6 +98,28 @@ def test_images_are_no_tokens() -> None:
     for edit in (al.Hide(cross.name, keys=odd), al.Zero(tower.name, queries=odd)):
         with pytest.raises(InputError, match="ids of this pass"), subject.edit(edit):
             subject.run(inputs, keep="z")
+
+
+def test_images_as_many_as_the_tokens_are_no_tokens_either() -> None:
+    subject = lens("mllama")
+    cross = next(site for site in subject.anatomy.sites if site.kind == "cross")
+    tower = next(site for site in subject.anatomy.sites if site.stack.startswith("vision"))
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 12, 8), torch.zeros(1, 2, 12, 8), 0)
+    running, stream, heads = Running(), torch.zeros(1, 12, 32), torch.zeros(1, 4, 12, 8)
+    mask = torch.tensor([[0] * 4 + [1] * 8])
+    running.begin({"input_ids": IDS, "attention_mask": mask})
+    asked = Asked(subject.model, "sdpa", heads, heads, heads, None, {})
+    with pytest.raises(InputError, match="ids of this pass"):
+        running.at(cross, asked, torch.tensor([0]), None, odd)
+    with pytest.raises(InputError, match="ids of this pass"):
+        running.rows_of_stream(tower, stream, odd)
+    assert running.rows_of_stream(tower, stream, None) == (None, 0)
+    # A mask of another length than the text's tells nothing of its padding.
+    assert running.rows_of_stream(subject.anatomy["L0"], stream[:, :5], None) == (None, 0)
+    running.begin({"input_ids": IDS, "past_key_values": cache})
+    assert running.rows_of_stream(tower, stream, None) == (None, 0)
+    assert running.rows_of_stream(subject.anatomy["L0"], stream, None) == (None, 12)
 
 
 def test_ids_are_those_of_the_pass_that_runs() -> None:

@@ -149,7 +149,7 @@ def _positions_from(value: Any, functions: Functions) -> Any:
 
 
 def _tensor_to(tensor: Tensor) -> dict[str, Any]:
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu()
     dtype = str(plain.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise InputError(
@@ -171,7 +171,7 @@ def _tensor_from(value: Any) -> Tensor:
 
 
 def _tensors_from(value: Any, _: Functions) -> dict[str, Tensor]:
-    return {_text(name): _tensor_from(tensor) for name, tensor in value.items()}
+    return {name: _tensor_from(tensor) for name, tensor in value.items()}
 
 
 def _text(value: Any, _: Functions | None = None) -> str:
