@@ -81,6 +81,7 @@ def test_a_slice_takes_what_a_list_of_the_real_tokens_gives(
         (lambda ids: (ids > 3)[:, 1:], "must return a boolean tensor"),
         ("last", "'last' names no positions"),
         (1.5, "1.5 names no positions"),
+        ("", "'' names no positions"),
         (True, "True names no positions"),
         ([True] * 12, r"mask \(a boolean tensor\)"),
         (slice(0, 1.5), r"slice\(0, 1.5, None\) names no positions"),
