@@ -64,8 +64,9 @@ def spread(
             for number, answer in answers:
                 prompts = units[number].prompts
                 for trial, values in answer.values(prompts.stop - prompts.start):
-                    take(np.arange(prompts.start, prompts.stop), trial, values)
-                    left -= int((~done[trial, prompts]).sum())
+                    new = ~done[trial, prompts]
+                    take(np.arange(prompts.start, prompts.stop)[new], trial, values[new])
+                    left -= int(new.sum())
                     if progress is not None:
                         progress(total - left, total)
                 job.notes += [note for note in answer.notes if note not in job.notes]

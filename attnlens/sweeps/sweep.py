@@ -117,8 +117,9 @@ class Sweep:
             if not missing.any():
                 continue
             for trial, values in self._part(prompts, missing):
-                take(np.arange(prompts.start, prompts.stop), trial, values)
-                left -= int(missing[trial].sum())
+                new = missing[trial]
+                take(np.arange(prompts.start, prompts.stop)[new], trial, values[new])
+                left -= int(new.sum())
                 if progress is not None:
                     progress(total - left, total)
 

@@ -75,10 +75,10 @@ def _pattern(trace: Trace, head: Head, prompt: int) -> Map:
     number = trace.heads[head.site].index(head.head)
     weights = trace.pattern[head.site][prompt, number].double().cpu().numpy()
     if trace.tokens and _own_tokens(site):
-        length = trace.lengths[prompt]
-        weights = weights[: len(_rows(trace, prompt)), :length]
+        real = _real(trace, prompt)
+        weights = weights[real if trace.rows is None else slice(None)][:, real]
     elif trace.tokens and site.kind == "cross":
-        weights = weights[:, : trace.lengths[prompt]]
+        weights = weights[:, _real(trace, prompt)]
     if site.causal:
         rows = np.array(_rows(trace, prompt, weights.shape[0]))
         hidden = np.arange(weights.shape[1])[None] > rows[:, None]
@@ -91,9 +91,19 @@ def _own_tokens(site: Site) -> bool:
     return site.stack not in ("dec", "vision", "audio") and site.kind != "cross"
 
 
+def _real(trace: Trace, prompt: int) -> list[int]:
+    """Positions of a prompt's tokens in the padded text."""
+    real = trace.sides.text.real
+    if real is None:
+        return list(range(trace.lengths[prompt]))
+    return real[prompt].nonzero()[:, 0].tolist()
+
+
 def _rows(trace: Trace, prompt: int, count: int | None = None) -> Sequence[int]:
+    """Numbers of the kept rows among the prompt's tokens."""
     if trace.rows is not None:
-        return trace.rows[prompt]
+        real = _real(trace, prompt) if trace.tokens else None
+        return [row if real is None else real.index(row) for row in trace.rows[prompt]]
     return range(trace.lengths[prompt] if count is None else count)
 
 

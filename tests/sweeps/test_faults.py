@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,28 @@ def test_an_interrupted_sweep_is_resumed(tmp_path: Path, after: int) -> None:
     assert not table.duplicated(["prompt", "trial"]).any()
     unbroken = run_trials(lens, task, zeros(), settings=SweepSettings(batch_size=2, tokens=90))
     assert torch.equal(found.values, unbroken.values)
+
+
+def test_resuming_with_other_parts_keeps_no_row_twice(tmp_path: Path) -> None:
+    """pandas alone reads what is on disk, so nothing may stand there twice."""
+    lens = lens_of("gpt2")
+    task = task_of(lens, (14, 9, 12, 11))
+    wanted = run_trials(lens, task, zeros(), settings=SweepSettings(store=tmp_path / "whole"))
+    lost: list[int] = []
+
+    def stop(done: int, _: int) -> None:
+        lost.append(done)
+        if len(lost) == 20:
+            raise KeyboardInterrupt
+
+    settings = SweepSettings(store=tmp_path / "broken", batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(lens, task, zeros(), settings=settings, progress=stop)
+    again = SweepSettings(store=tmp_path / "broken", batch_size=4, resume=True)
+    found = run_trials(lens, task, zeros(), settings=again)
+    assert_close(found.values, wanted.values, 1e-10)
+    rows = pd.read_parquet(tmp_path / "broken" / "rows")
+    assert not rows.duplicated(["prompt", "trial"]).any()
 
 
 def test_a_sweep_inside_an_edit_is_refused() -> None:

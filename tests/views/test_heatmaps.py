@@ -1,6 +1,7 @@
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 
 from attnlens.errors import HeadError, InputError
 from attnlens.views import show
@@ -59,6 +60,24 @@ def test_padding_is_not_drawn():
     }
     trace = hand_wired().run(inputs, keep=("pattern",))
     assert _values(show(trace, "L0H1", prompt=1)).shape == (4, 4)
+
+
+@pytest.mark.parametrize("rows", [None, -2])
+def test_padding_on_the_left_is_not_drawn_either(rows):
+    ids = torch.tensor([[0, 0, 0, *REPEATED[:6]], REPEATED])
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    padded = hand_wired().run(
+        {"input_ids": ids, "attention_mask": mask}, keep=("pattern",), rows=rows
+    )
+    alone = hand_wired().run([REPEATED[:6]], keep=("pattern",), rows=rows)
+    drawn, wanted = show(padded, "L0H1").data[0], show(alone, "L0H1").data[0]
+    assert np.allclose(_z(drawn), _z(wanted), atol=1e-6, equal_nan=True)
+    assert list(drawn.x) == list(wanted.x)
+    assert list(drawn.y) == list(wanted.y)
+
+
+def _z(trace: go.Heatmap) -> np.ndarray:
+    return np.array(trace.z, dtype=float)
 
 
 def test_cross_attention_has_decoder_rows_and_text_columns():
