@@ -214,7 +214,8 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(rows, mask=dots + 0.5, causal=False),
         replace(rows, mask=holes, causal=False),
         replace(rows, mask=~holes.expand(1, 4, 12, 12).contiguous(), causal=False),
-        replace(rows, edits=(lambda pattern, seen, rows, heads: pattern,)),
+        replace(rows, pattern_edits=(lambda pattern, seen, view: pattern,)),
+        replace(rows, score_edits=(lambda scores, view: scores,)),
         replace(rows, query=rows.query.double(), key=rows.key.double()),
         calls("t5").calls[0][0],
     ):
