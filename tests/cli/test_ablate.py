@@ -166,7 +166,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_values(run, small_model, tmp_p
     assert 0 < done.sum() < done.size
     lines = told.splitlines()
     assert lines[-2] == (
-        f"attnlens: interrupted; {done.sum()} of {done.size} values are kept in {out}. This goes "
+        f"attnlens: interrupted; {done.sum():,} of {done.size:,} values are kept in {out}. This goes "
         "on:"
     )
     again = shlex.split(lines[-1])
