@@ -166,15 +166,15 @@ def test_an_interrupted_sweep_goes_on_to_the_same_values(run, small_model, tmp_p
     assert 0 < done.sum() < done.size
     lines = told.splitlines()
     assert lines[-2] == (
-        f"attnlens: interrupted; {done.sum():,} of {done.size:,} values are kept in {out}. This goes "
-        "on:"
+        f"attnlens: interrupted; {done.sum():,} of {done.size:,} values are kept in {out}. "
+        "This goes on:"
     )
     again = shlex.split(lines[-1])
     assert again == ["attnlens", "ablate", *words, "--resume"]
 
     code, said, _ = run("--show", out)
     assert code == 0
-    assert f"Not finished: {done.size - done.sum()} of {done.size} values are missing" in said
+    assert f"Not finished: {done.size - done.sum():,} of {done.size:,} values are missing" in said
     kept = pd.read_parquet(out / "rows")
 
     code, said, _ = run(*again[2:])
