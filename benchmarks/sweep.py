@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks._shared import THREADS, Claim, alternate, print_claims, random_ids, ratio
+from benchmarks._shared import THREADS, Claim, print_claims, random_ids, ratio
 
 PROMPTS = 4
 ANSWER, WRONG = 5, 7
@@ -201,6 +201,8 @@ def check(work: Work, ways: dict[str, Any]) -> None:
 
 def measure(shape: str, tokens: int, heads: int, top: int, rounds: int) -> list[Claim]:
     """Ratios of one shape and length."""
+    import attnlens as al
+
     work = Work(shape, tokens, heads, top)
     peer, bridge = work.transformer_lens()
     runs = {
@@ -210,8 +212,16 @@ def measure(shape: str, tokens: int, heads: int, top: int, rounds: int) -> list[
         "screened": work.screened,
     }
     print(f"{shape}, {PROMPTS} x {tokens} tokens, {work.all} heads ({heads} timed for the loops)")
-    check(work, {name: run() for name, run in runs.items()})
-    seconds = alternate(runs, rounds)
+    al.ablate(work.lens, work.task, "L11", controls=0, resamples=1)  # the first forwards are slow
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        found: dict[str, Any] = {}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            found[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+        if not number:
+            check(work, found)
     scale = work.all / heads
     for name in ("naive", "TransformerLens"):
         seconds[name] = [s * scale for s in seconds[name]]

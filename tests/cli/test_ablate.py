@@ -146,7 +146,9 @@ def test_a_model_that_only_guesses_is_said_to(run, copy_of, tmp_path):
 
 def test_an_interrupted_sweep_goes_on_to_the_same_values(run, small_model, tmp_path):
     """A true Ctrl-C, in a process of its own, once the first values are on disk."""
-    asked = [str(small_model), "--prompts", "300", "--batch-size", "1", "--seed", "3"]
+    # One head of one prompt a forward: long enough to be interrupted.
+    slow = ["--batch-size", "1", "--tokens", "1"]
+    asked = [str(small_model), "--prompts", "100", "--seed", "3", *slow]
     out = tmp_path / "the sweep"
     words = [*asked, "--out", str(out)]
     process = subprocess.Popen(
