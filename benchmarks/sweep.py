@@ -112,11 +112,18 @@ class Work:
         import torch
         from transformer_lens import patching
         from transformer_lens.model_bridge import TransformerBridge
+        from transformers import AutoTokenizer
+
+        from attnlens.zoo import small_path
 
         own = copy.deepcopy(self.model)
         with tempfile.TemporaryDirectory() as folder:
             own.config.save_pretrained(folder)
-            bridge = TransformerBridge.boot_transformers(folder, hf_model=own, device="cpu")
+            # Some bridges ask for a tokenizer; none is used here.
+            tokenizer = AutoTokenizer.from_pretrained(small_path())
+            bridge = TransformerBridge.boot_transformers(
+                folder, hf_model=own, device="cpu", tokenizer=tokenizer
+            )
         table = pd.DataFrame({"layer": [h.layer for h in self.sample],
                               "head": [h.head for h in self.sample]})  # fmt: skip
 
