@@ -155,6 +155,8 @@ def test_an_interrupted_sweep_goes_on_to_the_same_values(run, small_model, tmp_p
         [sys.executable, "-m", "attnlens.cli", "ablate", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Tests that run in the background are told to ignore Ctrl-C, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     until = time.monotonic() + 120
     while (values_kept(out) or (0, 0))[0] < 20 and time.monotonic() < until:
