@@ -1,0 +1,51 @@
+"""One door to every attribution method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from attnlens.analyses.attribution import Attribution
+from attnlens.analyses.target import TargetSpec
+from attnlens.errors import InputError
+from attnlens.lens import Inputs, Lens
+
+# Where each method's function `(lens, inputs, target, **settings) -> Attribution` lives.
+_METHODS = {
+    "attnlrp": "attnlens.analyses.relevance.attnlrp",
+}
+METHODS = tuple(_METHODS)
+"""Names of the methods that `attribute` knows."""
+
+
+def attribute(
+    lens: Lens,
+    inputs: Inputs,
+    target: TargetSpec = None,
+    method: str = "attnlrp",
+    **settings: Any,
+) -> Attribution:
+    """Score the input tokens for a target: a token, a pair of tokens, a `Target`, a function.
+
+    `settings` are those of the method's own function, which `METHODS` names.
+
+    Raises:
+        InputError: no such method, or a setting that it does not have.
+
+    """
+    function = method_of(method)
+    try:
+        return function(lens, inputs, target, **settings)
+    except TypeError as error:
+        if settings and "unexpected keyword" in str(error):
+            raise InputError(f"The method {method} has another signature: {error}.") from error
+        raise
+
+
+def method_of(name: str) -> Callable[..., Attribution]:
+    """The function of a method; InputError where there is none of that name."""
+    if name not in _METHODS:
+        raise InputError(f"There is no attribution method {name!r}; there is {', '.join(METHODS)}.")
+    module, _, function = _METHODS[name].rpartition(".")
+    return getattr(import_module(module), function)
