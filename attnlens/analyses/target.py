@@ -69,13 +69,15 @@ class Explained:
         """What has to watch the run whose output `metric` gets: logits of the reads alone."""
         return () if self.reads is None else (ReadRows(lens.anatomy_for(batch), self.reads),)
 
-    def part(self, prompts: slice) -> Explained:
-        """The same of some prompts; a function of the output is taken as it is."""
+    def part(self, prompts: slice | Int[Tensor, " row"]) -> Explained:
+        """The same of some prompts, or of one several times; a function is taken as it is."""
+        index = torch.arange(len(self.names))[prompts]
+        names = tuple(self.names[prompt] for prompt in index.tolist())
         if self.tokens is None:
-            return Explained(self.names[prompts], self.metric, self.reads)
-        reads = None if self.reads is None else self.reads[prompts]
-        against = None if self.against is None else self.against[prompts]
-        return _of_tokens(self.names[prompts], reads, self.tokens[prompts], against)
+            return Explained(names, self.metric, self.reads)
+        reads = None if self.reads is None else self.reads[index]
+        against = None if self.against is None else self.against[index]
+        return _of_tokens(names, reads, self.tokens[index], against)
 
 
 def settle(lens: Lens, batch: Batch, target: TargetSpec) -> Explained:
