@@ -69,7 +69,7 @@ def z_gradients(
         evaluating(model),
         Session(model, anatomy, [graph, *observers]) as session,
     ):
-        output = model(**_usable(model, inputs))
+        output = model(**usable(model, inputs))
         session.check_fired()
         value = metric(output).sum()
         if not value.requires_grad:
@@ -107,7 +107,7 @@ class _Graph(Observer):
         return replace(call, output=output.clone())
 
 
-def _usable(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def usable(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs that can be saved for a backward pass, which tensors of inference mode cannot."""
     usable = {
         name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value

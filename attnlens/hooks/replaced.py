@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+
+from attnlens.hooks.thread import this_thread
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -15,11 +16,11 @@ _Made = TypeVar("_Made")
 
 def of_this_thread(hook: Callable[_Given, _Made]) -> Callable[_Given, _Made | None]:
     """The hook for the thread that asks for it; in others it does nothing."""
-    thread = threading.get_ident()
+    thread = this_thread()
 
     @wraps(hook)
     def guarded(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made | None:
-        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+        return hook(*args, **kwargs) if this_thread() == thread else None
 
     return guarded
 
@@ -34,10 +35,10 @@ class Replaced:
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._held = vars(module)
         self._before = self._held.get("forward")
-        own, thread = module.forward, threading.get_ident()
+        own, thread = module.forward, this_thread()
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
-            called = forward if threading.get_ident() == thread else own
+            called = forward if this_thread() == thread else own
             return called(*args, **kwargs)
 
         self._held["forward"] = replaced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError, UnsupportedModelError
 from attnlens.hooks.session import Handle, Observer
+from attnlens.hooks.thread import this_thread
 
 FINAL = "final"
 """Name of the stream that leaves a last block."""
@@ -94,7 +94,7 @@ class Passing:
         strict: bool = False,
     ) -> None:
         self._look = look
-        self._thread = threading.get_ident()
+        self._thread = this_thread()
         self._runs: Counter[str] = Counter()
         self._handles: list[Handle] = [model.register_forward_pre_hook(self._count_anew)]
         wanted = {(s.site.block, s.site.call): s for s in streams if not s.final}
@@ -116,7 +116,7 @@ class Passing:
             handle.remove()
 
     def _here(self) -> bool:
-        return threading.get_ident() == self._thread
+        return this_thread() == self._thread
 
     def _count_anew(self, *_: object) -> None:
         if self._here():

@@ -9,7 +9,6 @@ call at a site it was asked for raises.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import SeamError
 from attnlens.hooks import seam
 from attnlens.hooks.seam import Asked, Call
+from attnlens.hooks.thread import this_thread
 
 
 class Handle(Protocol):
@@ -74,7 +74,7 @@ class Session:
     def __enter__(self) -> Session:
         if self._thread is not None:
             raise SeamError("This session is open already; make a new one to nest.")
-        self._thread = threading.get_ident()
+        self._thread = this_thread()
         try:
             self._undo.callback(seam.restore, seam.switch(self.model))
             for name in self._modules:
@@ -115,7 +115,7 @@ class Session:
 
     def attending(self, asked: Asked) -> Asked:
         """Hand one call to the observers that want its site, before the kernel runs."""
-        if threading.get_ident() != self._thread:
+        if this_thread() != self._thread:
             return asked
         name = self._names[id(asked.module)]
         self._site = site = self._next_site(name, self._modules[name])
@@ -126,7 +126,7 @@ class Session:
 
     def attended(self, call: Call) -> Call:
         """Hand the same call to the same observers with what the kernel returned."""
-        if threading.get_ident() != self._thread:
+        if this_thread() != self._thread:
             return call
         site = self._site
         assert site is not None
@@ -155,7 +155,7 @@ class Session:
         self._count_anew(inside=False)
 
     def _count_anew(self, inside: bool) -> None:
-        if threading.get_ident() == self._thread:
+        if this_thread() == self._thread:
             self._calls.clear()
             self._inside = inside
 

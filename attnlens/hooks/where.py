@@ -7,7 +7,6 @@ own pass and later.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from attnlens.errors import InputError
 from attnlens.hooks.positions import Positions, resolve
 from attnlens.hooks.seam import Asked
 from attnlens.hooks.session import Handle
+from attnlens.hooks.thread import this_thread
 from attnlens.hooks.tokens import Sides, Tokens
 
 Phase = Literal["all", "prefill", "decode"]
@@ -225,10 +225,10 @@ def _is_flat(mask: Any) -> bool:
 def _listen(module: nn.Module, told: Callable[[Mapping[str, Any]], None]) -> Handle:
     """Tell a module's inputs by their names, before each of its passes in this thread."""
     names = list(inspect.signature(module.forward).parameters)
-    thread = threading.get_ident()
+    thread = this_thread()
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if threading.get_ident() == thread:
+        if this_thread() == thread:
             told({**dict(zip(names, args, strict=False)), **kwargs})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
