@@ -14,6 +14,10 @@ from attnlens.lens import Inputs, Lens
 # Where each method's function `(lens, inputs, target, **settings) -> Attribution` lives.
 _METHODS = {
     "attnlrp": "attnlens.analyses.relevance.attnlrp",
+    "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",
+    "attention_saliency": "attnlens.analyses.attention_gradient.attention_saliency",
+    "leave_one_out": "attnlens.analyses.erasure.leave_one_out",
+    "random": "attnlens.analyses.erasure.random_attribution",
 }
 METHODS = tuple(_METHODS)
 """Names of the methods that `attribute` knows."""
