@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from attnlens.analyses.vision_heads import vision_aware_heads
     from attnlens.graphs.export import export_graph, load_graph
     from attnlens.graphs.flow import rollout_graph
+    from attnlens.graphs.prune import prune_graph
+    from attnlens.graphs.relevance import relevance_graph
     from attnlens.hooks.edits import (
         Bias,
         Drop,
@@ -140,8 +142,10 @@ _HOMES = {
     "pack_documents": "attnlens.analyses.basin",
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
+    "prune_graph": "attnlens.graphs.prune",
     "prune_heads": "attnlens.analyses.pruning",
     "query_focused_heads": "attnlens.analyses.query_focused",
+    "relevance_graph": "attnlens.graphs.relevance",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
@@ -224,8 +228,10 @@ __all__ = [
     "pack_documents",
     "profile",
     "property_alignment",
+    "prune_graph",
     "prune_heads",
     "query_focused_heads",
+    "relevance_graph",
     "retrieval_heads",
     "rhythm",
     "rollout",

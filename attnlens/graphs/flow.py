@@ -19,7 +19,8 @@ from torch import Tensor
 
 from attnlens.errors import InputError
 
-ATTENTION, RESIDUAL = "attention", "residual"
+ATTENTION, RESIDUAL, MLP = "attention", "residual", "mlp"
+"""Kinds of edges."""
 
 
 def node_name(layer: int, position: int) -> str:

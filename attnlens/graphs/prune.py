@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,7 +11,7 @@ import networkx as nx
 from attnlens.errors import InputError
 
 
-def prune(
+def prune_graph(
     graph: nx.MultiDiGraph[str],
     targets: str | Iterable[str],
     sources: str | Iterable[str] | None = None,
@@ -20,10 +20,11 @@ def prune(
 ) -> nx.MultiDiGraph[str]:
     """The strong edges on paths from the sources to the targets; every target keeps a path.
 
-    What lies on no path from a source to a target goes. Of the edges that enter a node, those of at
-    least `threshold` stay, and of them the `top` strongest; the strongest stays in any case. What
-    the targets then no longer reach, traced back, goes too. Parallel edges count one by one; equal
-    weights stay in the graph's order. Sources are the nodes that nothing enters where not given.
+    What lies on no path from a source to a target goes. Of the edges that enter a node, those with
+    a weight of at least `threshold` in size, whatever its sign, stay, and of them the `top`
+    strongest; the strongest stays in any case. What the targets then no longer reach, traced back,
+    goes too. Parallel edges count one by one; equal weights stay in the graph's order. Sources are
+    the nodes that nothing enters where not given.
 
     The graph given is left as it is; the new one says under `"pruned"` what was asked.
 
@@ -73,11 +74,21 @@ def _nodes(graph: nx.MultiDiGraph[str], given: str | Iterable[str], role: str) -
 
 def _between(graph: nx.MultiDiGraph[str], starts: list[str], ends: list[str]) -> set[str]:
     """Nodes on some path from a start to an end, both included."""
-    below = set(starts).union(*(nx.descendants(graph, node) for node in starts))
+    below = _reached(graph.succ, starts)
     unreached = [node for node in ends if node not in below]
     if unreached:
         raise InputError(f"No source reaches the targets {unreached}; give other sources.")
-    return below & set(ends).union(*(nx.ancestors(graph, node) for node in ends))
+    return below & _reached(graph.pred, ends)
+
+
+def _reached(neighbours: Mapping[str, Iterable[str]], starts: list[str]) -> set[str]:
+    """Nodes that can be reached from any of some nodes, themselves included."""
+    seen, waiting = set(starts), list(starts)
+    while waiting:
+        fresh = [node for node in neighbours[waiting.pop()] if node not in seen]
+        seen.update(fresh)
+        waiting.extend(fresh)
+    return seen
 
 
 def _trace(
@@ -93,10 +104,10 @@ def _trace(
     while waiting:
         node = waiting.pop()
         entering = sorted(
-            graph.in_edges(node, keys=True, data=True), key=lambda edge: -_weight(*edge)
+            graph.in_edges(node, keys=True, data=True), key=lambda edge: -_strength(*edge)
         )
         for rank, (source, target, key, data) in enumerate(entering):
-            strong = threshold is None or data["weight"] >= threshold
+            strong = threshold is None or _strength(source, target, key, data) >= threshold
             # the strongest may go only where the path may begin
             if rank > 0 and (not strong or (top is not None and rank >= top)):
                 break
@@ -109,11 +120,11 @@ def _trace(
     return kept
 
 
-def _weight(source: str, target: str, key: Any, data: dict[str, Any]) -> float:
-    """The weight of an edge, checked."""
+def _strength(source: str, target: str, key: Any, data: dict[str, Any]) -> float:
+    """The size of an edge's weight, checked."""
     weight = data.get("weight")
     if isinstance(weight, bool) or not isinstance(weight, Real) or weight != weight:
         raise InputError(
             f"edge {source!r} -> {target!r} ({key!r}) has weight {weight!r}; a number is needed."
         )
-    return float(weight)
+    return abs(float(weight))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnlens.errors import InputError
-from attnlens.graphs import attention_graph, node_name, prune, rollout_graph
+from attnlens.graphs import attention_graph, node_name, prune_graph, rollout_graph
 
 
 def random_maps(layers: int, length: int, seed: int = 0, causal: bool = True) -> Tensor:
@@ -193,7 +193,7 @@ def test_pruned_graph_is_the_strong_part_between_sources_and_targets(
 ) -> None:
     graph = attention_graph(random_maps(3, 4, seed), "abcd")
     before = nx.to_dict_of_dicts(graph)
-    small = prune(graph, targets, sources, threshold, top)
+    small = prune_graph(graph, targets, sources, threshold, top)
     assert nx.to_dict_of_dicts(graph) == before
     check_paths(small, targets, sources or [f"L0P{i}" for i in range(4)])
     for node in small:
@@ -207,24 +207,24 @@ def test_pruned_graph_is_the_strong_part_between_sources_and_targets(
 
 def test_pruning_with_no_limit_keeps_exactly_what_lies_between() -> None:
     graph = attention_graph(random_maps(2, 3), "abc")
-    small = prune(graph, "L2P1")
+    small = prune_graph(graph, "L2P1")
     assert set(small) == {"L0P0", "L0P1", "L1P0", "L1P1", "L2P1"}
     assert small.number_of_edges() == 2 + 3 + 3
-    assert prune(graph, "L2P2", top=1).number_of_edges() == 2
-    assert nx.has_path(prune(graph, "L2P2", sources="L0P0", top=1), "L0P0", "L2P2")
+    assert prune_graph(graph, "L2P2", top=1).number_of_edges() == 2
+    assert nx.has_path(prune_graph(graph, "L2P2", sources="L0P0", top=1), "L0P0", "L2P2")
 
 
 def test_pruning_refuses_what_it_cannot_trace() -> None:
     graph = attention_graph(random_maps(2, 3), "abc")
     with pytest.raises(InputError, match=r"no target \['L9P9'\]"):
-        prune(graph, "L9P9")
+        prune_graph(graph, "L9P9")
     with pytest.raises(InputError, match=r"No source reaches the targets \['L2P0'\]"):
-        prune(graph, "L2P0", sources="L0P2")
+        prune_graph(graph, "L2P0", sources="L0P2")
     with pytest.raises(InputError, match="top=0"):
-        prune(graph, "L2P0", top=0)
+        prune_graph(graph, "L2P0", top=0)
     graph.edges["L0P0", "L1P1", "attention"]["weight"] = float("nan")
     with pytest.raises(InputError, match="has weight nan"):
-        prune(graph, "L2P2")
+        prune_graph(graph, "L2P2")
     graph.add_edge("L2P0", "L0P0", weight=1.0)
     with pytest.raises(InputError, match="cycles"):
-        prune(graph, "L2P2")
+        prune_graph(graph, "L2P2")
