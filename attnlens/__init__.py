@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.ablation_pairs import ablate_pairs
     from attnlens.analyses.ablation_positions import ablate_positions
     from attnlens.analyses.alignment import property_alignment
+    from attnlens.analyses.attention_gradient import attention_gradient, attention_saliency
     from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
@@ -119,8 +120,10 @@ _HOMES = {
     "ablate_screened": "attnlens.analyses.screening",
     "ablate_together": "attnlens.analyses.ablation_groups",
     "attention_basin": "attnlens.analyses.basin",
+    "attention_gradient": "attnlens.analyses.attention_gradient",
     "attention_influence": "attnlens.analyses.attention_influence",
     "attention_probe": "attnlens.analyses.attention_probe",
+    "attention_saliency": "attnlens.analyses.attention_gradient",
     "contrast_decode": "attnlens.analyses.contrast_decoding",
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
@@ -203,8 +206,10 @@ __all__ = [
     "ablate_together",
     "analyses",
     "attention_basin",
+    "attention_gradient",
     "attention_influence",
     "attention_probe",
+    "attention_saliency",
     "contrast_decode",
     "edits_from_json",
     "edits_to_json",

@@ -1,0 +1,178 @@
+"""Attention x gradient: what each weight is worth to a target, to first order.
+
+`A * dM/dA` of an edge is how the metric would change if the weight went, were it linear in it. One
+forward and one backward serve all heads and layers. Signed products and their absolute values are
+two methods here, since `sum |A dA| >= |sum A dA|` and papers mean either by "saliency".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlens.analyses.attribution import Attribution, over_tokens
+from attnlens.analyses.target import TargetSpec, settle
+from attnlens.analyses.weight_gradients import (
+    DECODER,
+    TEXT,
+    check_maps,
+    chosen_heads,
+    gather,
+    key_side,
+    weight_gradients,
+)
+from attnlens.anatomy import Anatomy, HeadSpec
+from attnlens.errors import InputError
+from attnlens.hooks.tokens import Sides, Tokens
+from attnlens.lens import Batch, Inputs, Lens, SiteTensors
+
+
+def attention_gradient(
+    lens: Lens,
+    inputs: Inputs,
+    target: TargetSpec = None,
+    layers: HeadSpec | int | None = None,
+    heads: HeadSpec | None = None,
+    maps: bool = False,
+    budget: str | float = "2GB",
+) -> Attribution:
+    """Attention x gradient, signed: a token's score is `sum over layers, heads, rows of A * dM/dA`.
+
+    The score of token s sums column s of every chosen map: what is read from s, in all layers
+    together; `layers` has the sums of each layer, `heads` those of each head over all edges, which
+    are `sum_t z_t . dM/dz_t`, the drop of a linear metric when the head is zeroed. Layers read one
+    another, so the scores of all do not sum to the value. In an encoder-decoder cross-attention
+    counts for the text. With `maps` every `A * dM/dA`, priced against `budget` first.
+
+    Raises:
+        InputError: a target, heads or layers that are not there, a metric without a gradient, or an
+            edit of z in `lens.edit`.
+        BudgetError: maps over the budget.
+        UnsupportedModelError: a part of the model runs without gradients.
+
+    """
+    return _products(
+        "attention_gradient", lens, inputs, target, layers, heads, maps, budget, _signed
+    )
+
+
+def attention_saliency(
+    lens: Lens,
+    inputs: Inputs,
+    target: TargetSpec = None,
+    layers: HeadSpec | int | None = None,
+    heads: HeadSpec | None = None,
+    maps: bool = False,
+    budget: str | float = "2GB",
+) -> Attribution:
+    """Saliency of attention: a token's score is `sum over layers, heads, rows of |A * dM/dA|`.
+
+    Wang et al. 2023, Label words are anchors, take `I_l = sum_h |A_hl * dM/dA_hl|` as the traffic
+    of layer l; here its columns are summed over rows. Never negative, and never less than the size
+    of `attention_gradient`, edge by edge and in each sum. `saliency_flows` sums the same edges
+    between groups of positions. Keywords and errors are those of `attention_gradient`.
+    """
+    return _products(
+        "attention_saliency", lens, inputs, target, layers, heads, maps, budget, torch.abs
+    )
+
+
+def _signed(products: Tensor) -> Tensor:
+    return products
+
+
+def _products(
+    method: str,
+    lens: Lens,
+    inputs: Inputs,
+    target: TargetSpec,
+    layers: HeadSpec | int | None,
+    heads: HeadSpec | None,
+    maps: bool,
+    budget: str | float,
+    part: Callable[[Tensor], Tensor],
+) -> Attribution:
+    """Sums of `part(A * dM/dA)` over the columns and heads of the chosen sites."""
+    batch = lens.encode(inputs)
+    anatomy = lens.anatomy_for(batch)
+    if maps:
+        chosen = chosen_heads(anatomy, layers, heads)
+        counts = {name: len(numbers) for name, numbers in chosen.items()}
+        check_maps("Keeping A * dM/dA of every edge", anatomy, batch, counts, budget)
+    explained = settle(lens, batch, target)
+    value, sites = weight_gradients(lens, batch, explained, layers, heads)
+    found = {edges.site.name: gather(edges, part, maps) for edges in sites}
+    columns = {name: own.columns for name, own in found.items()}
+    words, by_layer, notes = columns_over_tokens(lens, batch, anatomy, columns)
+    return Attribution(
+        method=method,
+        tokens=words,
+        scores=by_layer.sum(1),
+        target=explained.names,
+        value=value,
+        settings=chosen_settings(layers, heads),
+        layers=by_layer,
+        layer_names=tuple(found),
+        heads=torch.cat([own.heads for own in found.values()], dim=1),
+        head_names=tuple(head for edges in sites for head in edges.names),
+        maps=kept_maps({name: own.maps for name, own in found.items()}),
+        notes=notes,
+    )
+
+
+def chosen_settings(
+    layers: HeadSpec | int | None, heads: HeadSpec | None, **others: object
+) -> dict[str, object]:
+    """The settings of a method, without those that were left alone."""
+    given = {"layers": layers, "heads": heads, **others}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def kept_maps(maps: Mapping[str, Tensor | None]) -> SiteTensors | None:
+    """The maps of all sites, or None where none were asked for."""
+    kept = {name: tensor for name, tensor in maps.items() if tensor is not None}
+    return SiteTensors(kept) if kept else None
+
+
+def columns_over_tokens(
+    lens: Lens,
+    batch: Batch,
+    anatomy: Anatomy,
+    columns: Mapping[str, Float[Tensor, "batch key"]],
+) -> tuple[tuple[tuple[str, ...], ...], Float[Tensor, "batch layer scored"], tuple[str, ...]]:
+    """Columns of each site as scores of tokens, a row a site, and what could not be placed."""
+    sides = {name: key_side(anatomy, anatomy[name]) for name in columns}
+    outside = [name for name, side in sides.items() if side is None]
+    if len(outside) == len(columns):  # a tower that was named: its positions are no tokens
+        batch, sides, outside = (
+            replace(batch, sides=Sides(Tokens())),
+            dict.fromkeys(sides, TEXT),
+            [],
+        )
+
+    def of(side: str) -> Float[Tensor, "batch layer position"]:
+        own = {name: columns[name] for name in columns if sides[name] == side}
+        sizes = sorted({column.shape[1] for column in own.values()})
+        if len(sizes) > 1:
+            raise InputError(
+                f"{next(iter(own))} and others attend to {sizes[0]} to {sizes[-1]} positions, so "
+                "their scores cannot be added. Name layers of one size: layers=..."
+            )
+        size = sizes[0] if sizes else 0
+        rows = [
+            own.get(name, column.new_zeros(len(column), size)) for name, column in columns.items()
+        ]
+        return torch.stack(rows, dim=1)
+
+    words, scores = over_tokens(lens, batch, of(TEXT), of(DECODER))
+    if not outside:
+        return words, scores, ()
+    note = (
+        f"What {', '.join(outside)} read lies outside the text, so it counts for heads, and for no "
+        "token."
+    )
+    return words, scores, (note,)
