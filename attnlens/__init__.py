@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.importance import first_order_effects, gradient_importance
+    from attnlens.analyses.input_gradient import input_gradient, integrated_gradients
     from attnlens.analyses.layer_similarity import layer_similarity
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
@@ -135,6 +136,8 @@ _HOMES = {
     "head_similarity": "attnlens.analyses.head_similarity",
     "head_types": "attnlens.analyses.head_types",
     "heads_needed": "attnlens.analyses.pruning",
+    "input_gradient": "attnlens.analyses.input_gradient",
+    "integrated_gradients": "attnlens.analyses.input_gradient",
     "layer_similarity": "attnlens.analyses.layer_similarity",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
@@ -223,6 +226,8 @@ __all__ = [
     "head_similarity",
     "head_types",
     "heads_needed",
+    "input_gradient",
+    "integrated_gradients",
     "layer_similarity",
     "load",
     "load_graph",
