@@ -14,6 +14,8 @@ from attnlens.lens import Inputs, Lens
 # Where each method's function `(lens, inputs, target, **settings) -> Attribution` lives.
 _METHODS = {
     "attnlrp": "attnlens.analyses.relevance.attnlrp",
+    "input_gradient": "attnlens.analyses.input_gradient.input_gradient",
+    "integrated_gradients": "attnlens.analyses.input_gradient.integrated_gradients",
     "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",
     "attention_saliency": "attnlens.analyses.attention_gradient.attention_saliency",
     "leave_one_out": "attnlens.analyses.erasure.leave_one_out",
