@@ -48,6 +48,8 @@ _FAMILIES = {
     "attnlens.analyses.alignment.PropertyAlignment": "attnlens.views.syntax",
     "attnlens.analyses.attention_influence.AttentionInfluence": "attnlens.views.influence",
     "attnlens.analyses.contrast_decoding.Contrast": "attnlens.views.influence",
+    "attnlens.analyses.attribution.Attribution": "attnlens.views.attribution",
+    "networkx.classes.multidigraph.MultiDiGraph": "attnlens.views.graph_figure",
 }
 
 
