@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from attnlens.analyses.contrast_decoding import contrast_decode
     from attnlens.analyses.contrastive_heads import ContrastiveHeads
     from attnlens.analyses.edit_effects import try_edits
+    from attnlens.analyses.erasure import leave_one_out, random_attribution
+    from attnlens.analyses.faithfulness import faithfulness
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.importance import first_order_effects, gradient_importance
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
     from attnlens.analyses.pruning import heads_needed, prune_heads
     from attnlens.analyses.query_focused import QueryExample, query_focused_heads
     from attnlens.analyses.ranks import head_ranks
+    from attnlens.analyses.replacement import Replacement
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
+    from attnlens.analyses.routes import Routes, routes
     from attnlens.analyses.screening import ablate_screened
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.stored import stored_ablation
@@ -102,6 +106,7 @@ _HOMES = {
     "PatchStream": "attnlens.hooks.edits",
     "ProbeSettings": "attnlens.analyses.attention_probe",
     "QueryExample": "attnlens.analyses.query_focused",
+    "Replacement": "attnlens.analyses.replacement",
     "RetrievalSettings": "attnlens.analyses.retrieval",
     "RolloutSettings": "attnlens.analyses.rollout",
     "Scale": "attnlens.hooks.edits",
@@ -129,6 +134,7 @@ _HOMES = {
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
+    "faithfulness": "attnlens.analyses.faithfulness",
     "first_order_effects": "attnlens.analyses.importance",
     "frozen": "attnlens.lens.frozen",
     "gradient_importance": "attnlens.analyses.importance",
@@ -139,6 +145,7 @@ _HOMES = {
     "input_gradient": "attnlens.analyses.input_gradient",
     "integrated_gradients": "attnlens.analyses.input_gradient",
     "layer_similarity": "attnlens.analyses.layer_similarity",
+    "leave_one_out": "attnlens.analyses.erasure",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
     "long_context_heads": "attnlens.analyses.long_context",
@@ -151,12 +158,15 @@ _HOMES = {
     "prune_graph": "attnlens.graphs.prune",
     "prune_heads": "attnlens.analyses.pruning",
     "query_focused_heads": "attnlens.analyses.query_focused",
+    "random_attribution": "attnlens.analyses.erasure",
     "relevance_graph": "attnlens.graphs.relevance",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
+    "Routes": "attnlens.analyses.routes",
+    "routes": "attnlens.analyses.routes",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
     "stored_ablation": "attnlens.analyses.stored",
@@ -188,6 +198,7 @@ __all__ = [
     "PatchStream",
     "ProbeSettings",
     "QueryExample",
+    "Replacement",
     "RetrievalSettings",
     "RolloutSettings",
     "Scale",
@@ -218,6 +229,7 @@ __all__ = [
     "edits_to_json",
     "errors",
     "export_graph",
+    "faithfulness",
     "first_order_effects",
     "frozen",
     "gradient_importance",
@@ -229,6 +241,7 @@ __all__ = [
     "input_gradient",
     "integrated_gradients",
     "layer_similarity",
+    "leave_one_out",
     "load",
     "load_graph",
     "long_context_heads",
@@ -241,12 +254,14 @@ __all__ = [
     "prune_graph",
     "prune_heads",
     "query_focused_heads",
+    "random_attribution",
     "relevance_graph",
     "retrieval_heads",
     "rhythm",
     "rollout",
     "rollout_from",
     "rollout_graph",
+    "routes",
     "show",
     "sinks",
     "stored_ablation",
