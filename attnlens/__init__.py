@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
-    from attnlens.analyses.routes import Routes, routes
+    from attnlens.analyses.routes import route_scores, routes
     from attnlens.analyses.screening import ablate_screened
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.stored import stored_ablation
@@ -165,7 +165,7 @@ _HOMES = {
     "rollout": "attnlens.analyses.rollout",
     "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
-    "Routes": "attnlens.analyses.routes",
+    "route_scores": "attnlens.analyses.routes",
     "routes": "attnlens.analyses.routes",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
@@ -261,6 +261,7 @@ __all__ = [
     "rollout",
     "rollout_from",
     "rollout_graph",
+    "route_scores",
     "routes",
     "show",
     "sinks",

@@ -18,6 +18,9 @@ _METHODS = {
     "integrated_gradients": "attnlens.analyses.input_gradient.integrated_gradients",
     "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",
     "attention_saliency": "attnlens.analyses.attention_gradient.attention_saliency",
+    "chefer": "attnlens.analyses.chefer.chefer",
+    "gradient_rollout": "attnlens.analyses.gradient_rollout.gradient_rollout",
+    "routes": "attnlens.analyses.routes.route_scores",
     "leave_one_out": "attnlens.analyses.erasure.leave_one_out",
     "random": "attnlens.analyses.erasure.random_attribution",
 }
