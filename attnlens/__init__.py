@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from attnlens.analyses.attention_gradient import attention_gradient, attention_saliency
     from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
+    from attnlens.analyses.attribute import attribute
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
+    from attnlens.analyses.chefer import chefer, relevance_rollout
     from attnlens.analyses.contrast_decoding import contrast_decode
     from attnlens.analyses.contrastive_heads import ContrastiveHeads
     from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.erasure import leave_one_out, random_attribution
     from attnlens.analyses.faithfulness import faithfulness
+    from attnlens.analyses.gradient_rollout import gradient_rollout
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.importance import first_order_effects, gradient_importance
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.pruning import heads_needed, prune_heads
     from attnlens.analyses.query_focused import QueryExample, query_focused_heads
     from attnlens.analyses.ranks import head_ranks
+    from attnlens.analyses.relevance import attnlrp, cp_lrp
     from attnlens.analyses.replacement import Replacement
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.stored import stored_ablation
     from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
+    from attnlens.analyses.target import Target
     from attnlens.analyses.vision import visual_sinks
     from attnlens.analyses.vision_heads import vision_aware_heads
     from attnlens.graphs.export import export_graph, load_graph
@@ -115,6 +120,7 @@ _HOMES = {
     "SteerStream": "attnlens.hooks.edits",
     "SweepSettings": "attnlens.sweeps.sweep",
     "SyntaxSettings": "attnlens.analyses.syntax",
+    "Target": "attnlens.analyses.target",
     "TokenMass": "attnlens.hooks.reducers",
     "Uniform": "attnlens.hooks.edits",
     "Zero": "attnlens.hooks.edits",
@@ -130,7 +136,11 @@ _HOMES = {
     "attention_influence": "attnlens.analyses.attention_influence",
     "attention_probe": "attnlens.analyses.attention_probe",
     "attention_saliency": "attnlens.analyses.attention_gradient",
+    "attnlrp": "attnlens.analyses.relevance",
+    "attribute": "attnlens.analyses.attribute",
+    "chefer": "attnlens.analyses.chefer",
     "contrast_decode": "attnlens.analyses.contrast_decoding",
+    "cp_lrp": "attnlens.analyses.relevance",
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
@@ -138,6 +148,7 @@ _HOMES = {
     "first_order_effects": "attnlens.analyses.importance",
     "frozen": "attnlens.lens.frozen",
     "gradient_importance": "attnlens.analyses.importance",
+    "gradient_rollout": "attnlens.analyses.gradient_rollout",
     "head_ranks": "attnlens.analyses.ranks",
     "head_similarity": "attnlens.analyses.head_similarity",
     "head_types": "attnlens.analyses.head_types",
@@ -160,6 +171,7 @@ _HOMES = {
     "query_focused_heads": "attnlens.analyses.query_focused",
     "random_attribution": "attnlens.analyses.erasure",
     "relevance_graph": "attnlens.graphs.relevance",
+    "relevance_rollout": "attnlens.analyses.chefer",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
@@ -207,6 +219,7 @@ __all__ = [
     "SteerStream",
     "SweepSettings",
     "SyntaxSettings",
+    "Target",
     "TokenMass",
     "Uniform",
     "Zero",
@@ -224,7 +237,11 @@ __all__ = [
     "attention_influence",
     "attention_probe",
     "attention_saliency",
+    "attnlrp",
+    "attribute",
+    "chefer",
     "contrast_decode",
+    "cp_lrp",
     "edits_from_json",
     "edits_to_json",
     "errors",
@@ -233,6 +250,7 @@ __all__ = [
     "first_order_effects",
     "frozen",
     "gradient_importance",
+    "gradient_rollout",
     "graphs",
     "head_ranks",
     "head_similarity",
@@ -256,6 +274,7 @@ __all__ = [
     "query_focused_heads",
     "random_attribution",
     "relevance_graph",
+    "relevance_rollout",
     "retrieval_heads",
     "rhythm",
     "rollout",

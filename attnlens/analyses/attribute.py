@@ -14,6 +14,7 @@ from attnlens.lens import Inputs, Lens
 # Where each method's function `(lens, inputs, target, **settings) -> Attribution` lives.
 _METHODS = {
     "attnlrp": "attnlens.analyses.relevance.attnlrp",
+    "cp_lrp": "attnlens.analyses.relevance.cp_lrp",
     "input_gradient": "attnlens.analyses.input_gradient.input_gradient",
     "integrated_gradients": "attnlens.analyses.input_gradient.integrated_gradients",
     "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",

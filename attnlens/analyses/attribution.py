@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -142,6 +142,48 @@ def over_tokens(
     longest = max(row.shape[-1] for row in rows)
     padded = [nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows]
     return tuple(words), torch.stack(padded)
+
+
+def joined(parts: Sequence[Attribution]) -> Attribution:
+    """The attributions of batches as one; `maps`, which belong to one padded input, of one batch.
+
+    Notes are kept once each; all else but the tensors is that of the first.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def all_of(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        if any(tensor is None for tensor in tensors):
+            return None
+        longest = max(tensor.shape[-1] for tensor in tensors)
+        return torch.cat([nn.functional.pad(t, (0, longest - t.shape[-1])) for t in tensors])
+
+    scores = all_of("scores")
+    assert scores is not None
+    ledgers = [part.ledger for part in parts if part.ledger is not None]
+    return replace(
+        first,
+        tokens=tuple(own for part in parts for own in part.tokens),
+        scores=scores,
+        target=tuple(own for part in parts for own in part.target),
+        value=torch.cat([part.value for part in parts]),
+        layers=all_of("layers"),
+        heads=all_of("heads"),
+        ledger=_joined_ledger(ledgers) if len(ledgers) == len(parts) else None,
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def _joined_ledger(parts: Sequence[Ledger]) -> Ledger:
+    """Ledgers one after another; an entry that one does not have is 0 there."""
+    names = dict.fromkeys(name for part in parts for name in part.entries)
+    entries = {
+        name: torch.cat([part.entries.get(name, torch.zeros_like(part.value)) for part in parts])
+        for name in names
+    }
+    return Ledger(torch.cat([part.value for part in parts]), entries)
 
 
 def _texts(lens: Lens, tokens: Tokens, prompt: int, count: int) -> list[str]:

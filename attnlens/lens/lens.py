@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, HeadSpec
 from attnlens.anatomy.weights import HeadWeights
 from attnlens.errors import AttnlensError, InputError, UnsupportedModelError
+from attnlens.hooks.backward import Conservation, check_conservation
 from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
 from attnlens.hooks.edits.means import add_longer
@@ -309,6 +310,11 @@ class Lens:
     def mlp_names(self) -> Mapping[str, str]:
         """Name of the module that writes what a block's MLP adds to the stream, by block."""
         return {block: mlp.name for block, mlp in self.mlps.items()}
+
+    @cached_property
+    def conservation(self) -> Conservation:
+        """Whether relevance is conserved in this model; found once, on the example input."""
+        return check_conservation(self.model, self.anatomy, self._example)
 
     def decode(
         self,

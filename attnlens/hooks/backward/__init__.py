@@ -1,6 +1,17 @@
 """Relevance propagation: a forward whose backward pass follows other rules, within one block."""
 
+from attnlens.hooks.backward.asked import ATTNLRP, CP_LRP, Rule
+from attnlens.hooks.backward.conservation import Conservation, check_conservation
 from attnlens.hooks.backward.relevances import Relevances, relevances
-from attnlens.hooks.backward.rules import ATTNLRP, CP_LRP, Rule
+from attnlens.hooks.backward.tally import MixedPromptsError
 
-__all__ = ["ATTNLRP", "CP_LRP", "Relevances", "Rule", "relevances"]
+__all__ = [
+    "ATTNLRP",
+    "CP_LRP",
+    "Conservation",
+    "MixedPromptsError",
+    "Relevances",
+    "Rule",
+    "check_conservation",
+    "relevances",
+]

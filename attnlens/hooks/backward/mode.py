@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnlens.hooks.backward.rules import RULES, Asked, Rule, depends, ratio
+from attnlens.hooks.backward.asked import Asked, Rule, depends
+from attnlens.hooks.backward.ratios import ratio
+from attnlens.hooks.backward.rules import RULES
 from attnlens.hooks.backward.tally import Tally
 from attnlens.hooks.replaced import Replaced
 

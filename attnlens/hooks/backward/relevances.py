@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.backward.again import blocks_again
+from attnlens.hooks.backward.asked import Rule
 from attnlens.hooks.backward.mode import Rules, activations
-from attnlens.hooks.backward.rules import Rule
 from attnlens.hooks.backward.tally import Tally, on_gradient
+from attnlens.hooks.backward.within import mapped, tensors_in
 from attnlens.hooks.embedded import Embedded, token_tables
 from attnlens.hooks.gradients import MetricOf, usable
 from attnlens.hooks.probe import evaluating
@@ -29,9 +30,6 @@ from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer, Session
 
-HALF_SCALE = 256.0
-"""What the explained value is multiplied by in float16, whose small gradients would be 0."""
-
 
 @dataclass(frozen=True)
 class Relevances:
@@ -39,8 +37,8 @@ class Relevances:
 
     value: Float[Tensor, " batch"]
     started: Float[Tensor, " batch"]
-    """What the target hands to the logits, `logits x gradient`: the value where it is a sum of
-    logits."""
+    """What the target hands to the model's outputs, `output x gradient`: the value itself where
+    it is a sum of logits."""
     entries: Mapping[str, Float[Tensor, " batch"]]
     """Relevance by part: tokens, inputs that are no tokens, positions, biases, softmax."""
     text: Float[Tensor, "batch position"] | None
@@ -54,6 +52,13 @@ class Relevances:
     maps: Mapping[str, Float[Tensor, "batch head query key"]]
     """Relevance of attention weights, of the sites asked for."""
 
+    @property
+    def error(self) -> Float[Tensor, " batch"]:
+        """What no part accounts for, against the larger of what was explained and the parts."""
+        entries = torch.stack(list(self.entries.values()))
+        largest = torch.stack([self.started.abs(), *entries.abs()]).amax(0)
+        return (self.started - entries.sum(0)).abs() / torch.where(largest > 0, largest, 1)
+
 
 def relevances(
     model: nn.Module,
@@ -64,6 +69,7 @@ def relevances(
     observers: Sequence[Observer] = (),
     maps: Collection[str] = (),
     checkpoint: bool = False,
+    tally: Tally | None = None,
 ) -> Relevances:
     """Propagate the metric's value down to the inputs by a rule.
 
@@ -77,7 +83,7 @@ def relevances(
         UnsupportedModelError: nothing to hand relevance to, or blocks that cannot be run again.
 
     """
-    run = _Run(anatomy, rule, _tally(model, inputs), frozenset(maps))
+    run = _Run(anatomy, rule, tally or Tally.of(model, inputs), frozenset(maps))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -85,10 +91,8 @@ def relevances(
         rules = Rules(rule, run.tally)
         for handle in activations(model, rules):
             stack.callback(handle.remove)
-        watching: list[Observer] = [run, *observers]
-        if token_tables(model):
-            watching.append(Embedded(run.token_leaf))
-        session = stack.enter_context(Session(model, anatomy, watching))
+        tokens = [Embedded(run.token_leaf)] if token_tables(model) else []
+        session = stack.enter_context(Session(model, anatomy, [run, *tokens, *observers]))
         if checkpoint:
             for handle in blocks_again(model, anatomy, rules):
                 stack.callback(handle.remove)
@@ -96,14 +100,7 @@ def relevances(
         with rules:
             output = model(**given)
         session.check_fired()
-        return run.propagate(output, metric(output))
-
-
-def _tally(model: nn.Module, inputs: Mapping[str, Any]) -> Tally:
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
-    lengths = frozenset(value.shape[1] for value in tensors if value.ndim > 1)
-    half = next(model.parameters()).dtype == torch.float16
-    return Tally(tensors[0].shape[0], lengths, HALF_SCALE if half else 1.0)
+        return run.propagate(output, metric)
 
 
 @dataclass
@@ -196,21 +193,17 @@ class _Run(Observer):
             found[:, :, block, keys] = pattern.to(wide) * slopes
         return found
 
-    def propagate(self, output: Any, value: Tensor) -> Relevances:
+    def propagate(self, output: Any, metric: MetricOf) -> Relevances:
         """The backward pass from the explained value, and what its hooks found."""
-        _check_value(value)
+        value, ends, slopes = self._explained(output, metric)
         if not self._leaves:
             raise UnsupportedModelError(
                 f"{self._anatomy.model} looked up no tokens in this run and was given no numbers, "
                 "so there is nothing to hand relevance to."
             )
-        logits = getattr(output, "logits", None)
-        ends = [logits] if isinstance(logits, Tensor) and logits.requires_grad else []
-        wanted = [*(leaf.values for leaf in self._leaves), *ends]
-        found = torch.autograd.grad(value.sum() * self.tally.scale, wanted, allow_unused=True)
-        started = value.detach().double().cpu()
-        if ends:
-            started = self.tally.by_prompt(ends[0].detach() * found[-1])
+        wanted = [leaf.values for leaf in self._leaves]
+        found = torch.autograd.grad(ends, wanted, slopes, allow_unused=True)
+        started = sum(map(self._started, ends, slopes), torch.zeros(self.tally.batch).double())
         sides: dict[str, Tensor] = {}
         for leaf, gradient in zip(self._leaves, found, strict=False):
             self._end(leaf, gradient, sides)
@@ -225,6 +218,24 @@ class _Run(Observer):
             {name: self._streams[name] for name in order if name in self._streams},
             {name: self._maps[name] for name in order if name in self._maps},
         )
+
+    def _explained(
+        self, output: Any, metric: MetricOf
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The value, the model's outputs that it depends on, and its gradients there."""
+        given = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        of = dict(zip(map(id, given), leaves, strict=True))
+        value = metric(mapped(output, lambda tensor: of.get(id(tensor), tensor)))
+        _check_value(value)
+        total = value.sum() * self.tally.scale
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return value, given, list(slopes)
+
+    def _started(self, end: Tensor, slope: Tensor) -> Tensor:
+        """What the target hands to one of the model's outputs."""
+        wide = torch.promote_types(end.dtype, torch.float32)
+        return self.tally.by_prompt(end.detach().to(wide) * slope.to(wide))
 
     def _end(self, leaf: _Leaf, gradient: Tensor | None, sides: dict[str, Tensor]) -> None:
         """Count what a leaf got, and keep that of tokens by position."""

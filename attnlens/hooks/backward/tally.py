@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+HALF_SCALE = 256.0
+"""What gradients are multiplied by in float16, where small ones would be 0."""
 
 Seen = Callable[[Tensor], None]
 
@@ -24,12 +28,20 @@ class Tally:
     positions: frozenset[int]
     """Positions of each side; a tensor of `batch x positions` rows holds prompts one by one."""
     scale: float = 1.0
-    """What gradients are multiplied by on their way, so that those of float16 do not vanish."""
+    """What gradients are multiplied by on their way."""
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     inside: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """The same for each module, of what was added while it ran; kept when `modules` is watched."""
     modules: list[str] = field(default_factory=list[str])
     """The modules that run now, the outermost first; filled by who wants `inside`."""
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> Tally:
+        """An empty one for these inputs of a model."""
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+        lengths = frozenset(value.shape[1] for value in tensors if value.ndim > 1)
+        half = next(model.parameters()).dtype == torch.float16
+        return cls(tensors[0].shape[0], lengths, HALF_SCALE if half else 1.0)
 
     def add(self, name: str, products: Tensor, modules: Sequence[str] = ()) -> None:
         """Add products of values and gradients, of any shape that begins with prompts."""
@@ -97,9 +109,9 @@ def on_gradient(tensor: Tensor, seen: Seen) -> None:
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor; its gradient goes on multiplied by a factor."""
+    """The same values; their gradient goes on multiplied, after all hooks on what is returned."""
     tensor.register_hook(lambda gradient: gradient * factor)
-    return tensor
+    return alias(tensor)
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Functions of one number, and statistics: what stands still in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlens.hooks.backward.asked import Asked, Function
+
+_NEAR_ZERO = 1e-4  # some activations miss 0 at 0 by their epsilon; gates are far from it
+
+
+class _Ratio(torch.autograd.Function):
+    """`f(x)`, in whose gradient `f(x) / x` stands for the slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Function, at_zero: float) -> Tensor:
+        y = function(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        above = y if wide == x.dtype else function(x.to(wide))
+        ratio = torch.where(x == 0, at_zero, above / x.to(wide)).to(x.dtype)
+        ctx.save_for_backward(ratio)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (ratio,) = ctx.saved_tensors
+        return gradients[0] * ratio, None, None
+
+
+def ratio(function: Function, x: Tensor) -> Tensor:
+    """`f(x)` of each number with `f(x) / x` as a constant; a constant where `f(0)` is not 0."""
+    with torch.enable_grad():
+        zero = torch.zeros(1, dtype=torch.float32, device=x.device, requires_grad=True)
+        at_zero = function(zero)
+        if abs(float(at_zero.detach())) > _NEAR_ZERO:
+            return function(x.detach())
+        (slope,) = torch.autograd.grad(at_zero.sum(), zero)
+    return _Ratio.apply(x, function, float(slope))
+
+
+def elementwise(asked: Asked) -> Any:
+    """A function of each number."""
+    x = asked.argument(0, "input")
+    rest = {name: value for name, value in asked.kwargs.items() if name not in ("input", "inplace")}
+    return ratio(lambda value: asked.function(value, *asked.args[1:], **rest), x)
+
+
+def in_place(asked: Asked) -> Any:
+    """A function of each number that writes over it."""
+    x = asked.args[0]
+    changed = ratio(lambda v: asked.function(v.clone(), *asked.args[1:], **asked.kwargs), x)
+    return x.copy_(changed)
+
+
+def statistic(asked: Asked) -> Any:
+    """What is made of many numbers to divide or gate by: a constant."""
+    return asked.constant()

@@ -1,0 +1,108 @@
+"""Sums with constants: biases and positions keep their share of relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnlens.hooks.backward.asked import Asked, depends, is_constant
+from attnlens.hooks.backward.tally import Tally, on_gradient
+
+_HIDDEN = -1e4  # no score bias is as low
+
+
+def functions(*names: str) -> list[Callable[..., Any]]:
+    """Functions of these names, wherever torch has them."""
+    homes = (torch, Tensor, F, torch.linalg, torch.special)
+    return [getattr(home, name) for home in homes for name in names if hasattr(home, name)]
+
+
+_REVERSED = frozenset(functions("__rsub__", "rsub"))
+_DIFFERENCES = _REVERSED.union(functions("sub", "subtract", "__sub__", "__isub__", "sub_"))
+_SPACE = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+def added(asked: Asked) -> Any:
+    """A constant that is added keeps its share."""
+    found = asked.plain()
+    if not depends(found):
+        return found
+    terms = [*asked.args[:2], *(asked.kwargs[n] for n in ("input", "other") if n in asked.kwargs)]
+    sign = -1.0 if asked.function in _DIFFERENCES else 1.0
+    for place, term in enumerate(terms):
+        if is_constant(term) and not _hides(term):
+            signed = term if place == 0 and asked.function not in _REVERSED else sign * term
+            on_gradient(found, asked.tally.constant(_kind(term), signed))
+    return found
+
+
+def _hides(constant: Tensor | float) -> bool:
+    """Whether a constant is a mask of scores, whose hidden places no gradient reaches."""
+    if not isinstance(constant, Tensor) or constant.ndim < 4:
+        return False
+    return bool(((constant == 0) | (constant < _HIDDEN)).all())
+
+
+def _kind(constant: Tensor | float) -> str:
+    """Constants that differ from position to position are positions, others biases."""
+    if not isinstance(constant, Tensor) or constant.ndim < 2:
+        return "biases"
+    return "positions" if constant.shape[-2] > 1 else "biases"
+
+
+def linear(asked: Asked) -> Any:
+    """`W x + b`: b keeps its share."""
+    return _with_bias(asked, asked.argument(2, "bias"))
+
+
+def addmm(asked: Asked) -> Any:
+    """`b + x W`: b keeps its share."""
+    return _with_bias(asked, asked.argument(0, "input"))
+
+
+def convolution(asked: Asked) -> Any:
+    """A convolution whose bias, one a channel, keeps its share."""
+    bias = asked.argument(2, "bias")
+    return _with_bias(
+        asked, None if bias is None else bias.reshape(-1, *[1] * _SPACE[asked.function])
+    )
+
+
+def _with_bias(asked: Asked, bias: Tensor | None) -> Any:
+    found = asked.plain()
+    if depends(found) and bias is not None and not depends(bias):
+        on_gradient(found, asked.tally.constant("biases", bias))
+    return found
+
+
+def with_offset(tally: Tally, values: Tensor, constant: Tensor) -> Tensor:
+    """A sum with a constant, which keeps its share."""
+    found = values + constant
+    on_gradient(found, tally.constant("biases", constant))
+    return found
+
+
+def joined(asked: Asked) -> Any:
+    """Constants between what depends on the input (a class token) keep their share."""
+    found = asked.plain()
+    parts, axis = asked.argument(0, "tensors"), asked.argument(1, "dim") or 0
+    if not depends(found):
+        return found
+    start = 0
+    for part in parts:
+        if not part.numel():  # a cache that is empty yet
+            continue
+        if is_constant(part):
+            on_gradient(found, _within(asked.tally, part, axis, start))
+        start += part.shape[axis]
+    return found
+
+
+def _within(tally: Tally, part: Tensor, axis: int, start: int) -> Callable[[Tensor], None]:
+    kind = "positions" if part.ndim == 3 else "biases"  # a token; a learned sink
+    seen, length = tally.constant(kind, part), part.shape[axis]
+    return lambda gradient: seen(gradient.narrow(axis, start, length))
