@@ -18,14 +18,15 @@ from attnlens.analyses.attribution import Attribution, over_tokens
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
     DECODER,
+    OUTSIDE,
     TEXT,
-    check_maps,
+    check_dense,
     chosen_heads,
     gather,
     key_side,
     weight_gradients,
 )
-from attnlens.anatomy import Anatomy, HeadSpec
+from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.tokens import Sides, Tokens
 from attnlens.lens import Batch, Inputs, Lens, SiteTensors
@@ -101,13 +102,12 @@ def _products(
     anatomy = lens.anatomy_for(batch)
     if maps:
         chosen = chosen_heads(anatomy, layers, heads)
-        counts = {name: len(numbers) for name, numbers in chosen.items()}
-        check_maps("Keeping A * dM/dA of every edge", anatomy, batch, counts, budget)
+        check_kept_maps(lens, batch, chosen, budget)
     explained = settle(lens, batch, target)
     value, sites = weight_gradients(lens, batch, explained, layers, heads)
     found = {edges.site.name: gather(edges, part, maps) for edges in sites}
     columns = {name: own.columns for name, own in found.items()}
-    words, by_layer, notes = columns_over_tokens(lens, batch, anatomy, columns)
+    words, by_layer, notes = columns_over_tokens(lens, batch, columns)
     return Attribution(
         method=method,
         tokens=words,
@@ -138,41 +138,49 @@ def kept_maps(maps: Mapping[str, Tensor | None]) -> SiteTensors | None:
     return SiteTensors(kept) if kept else None
 
 
+def check_kept_maps(
+    lens: Lens, batch: Batch, chosen: Mapping[str, tuple[int, ...]], budget: str | float
+) -> None:
+    """Refuse to keep a map of each head over the budget (BudgetError)."""
+    counts = {name: len(heads) for name, heads in chosen.items()}
+    way = f"Choose some of the {len(chosen)} layers or of their heads (layers=..., heads=...)"
+    check_dense("Keeping the map of every head", lens, batch, counts, budget, way)
+
+
 def columns_over_tokens(
-    lens: Lens,
-    batch: Batch,
-    anatomy: Anatomy,
-    columns: Mapping[str, Float[Tensor, "batch key"]],
+    lens: Lens, batch: Batch, columns: Mapping[str, Float[Tensor, "batch key"]]
 ) -> tuple[tuple[tuple[str, ...], ...], Float[Tensor, "batch layer scored"], tuple[str, ...]]:
     """Columns of each site as scores of tokens, a row a site, and what could not be placed."""
+    anatomy = lens.anatomy_for(batch)
     sides = {name: key_side(anatomy, anatomy[name]) for name in columns}
-    outside = [name for name, side in sides.items() if side is None]
-    if len(outside) == len(columns):  # a tower that was named: its positions are no tokens
-        batch, sides, outside = (
-            replace(batch, sides=Sides(Tokens())),
-            dict.fromkeys(sides, TEXT),
-            [],
-        )
-
-    def of(side: str) -> Float[Tensor, "batch layer position"]:
-        own = {name: columns[name] for name in columns if sides[name] == side}
-        sizes = sorted({column.shape[1] for column in own.values()})
+    stacked: dict[str, Tensor] = {}
+    for side in dict.fromkeys(sides.values()):
+        sizes = sorted({columns[name].shape[1] for name in columns if sides[name] == side})
         if len(sizes) > 1:
             raise InputError(
-                f"{next(iter(own))} and others attend to {sizes[0]} to {sizes[-1]} positions, so "
-                "their scores cannot be added. Name layers of one size: layers=..."
+                f"The layers of {side} attend to {sizes[0]} to {sizes[-1]} positions, so their "
+                "scores cannot be added. Name layers of one size: layers=..."
             )
-        size = sizes[0] if sizes else 0
         rows = [
-            own.get(name, column.new_zeros(len(column), size)) for name, column in columns.items()
+            column if sides[name] == side else column.new_zeros(len(column), *sizes)
+            for name, column in columns.items()
         ]
-        return torch.stack(rows, dim=1)
+        stacked[side] = torch.stack(rows, dim=1)
+    return over_sides(lens, batch, stacked)
 
-    words, scores = over_tokens(lens, batch, of(TEXT), of(DECODER))
-    if not outside:
-        return words, scores, ()
-    note = (
-        f"What {', '.join(outside)} read lies outside the text, so it counts for heads, and for no "
-        "token."
-    )
-    return words, scores, (note,)
+
+def over_sides(
+    lens: Lens, batch: Batch, scores: Mapping[str, Float[Tensor, "batch layer position"]]
+) -> tuple[tuple[tuple[str, ...], ...], Float[Tensor, "batch layer scored"], tuple[str, ...]]:
+    """Scores by side as those of tokens, and a note on what lies outside of all tokens."""
+    sides = [side for side in scores if side != OUTSIDE] or list(scores)
+    if TEXT not in sides and DECODER not in sides:  # positions of a tower are no tokens
+        batch = replace(batch, sides=Sides(Tokens()))
+        return *over_tokens(lens, batch, scores[sides[0]]), ()
+    decoder = scores.get(DECODER)
+    text = scores[TEXT] if TEXT in scores else scores[DECODER][:, :, :0]
+    words, placed = over_tokens(lens, batch, text, decoder)
+    if OUTSIDE not in scores:
+        return words, placed, ()
+    note = "Cross-attention reads what lies outside the text (an image): that has no score here."
+    return words, placed, (note,)

@@ -6,7 +6,7 @@ one forward and one backward give. Nothing of size queries x keys x heads outliv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from attnlens.hooks.tokens import Sides
 from attnlens.lens import Batch, Lens
 from attnlens.lens.asked import check_prompts, choose, parse_bytes
 
-TEXT, DECODER = "text", "decoder"
-"""The sides whose positions are scored: the text, and a decoder's own tokens beside it."""
+TEXT, DECODER, OUTSIDE = "text", "decoder", "outside"
+"""Sides: the text, a decoder's own tokens, what cross-attention reads that is no token."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,16 @@ class Edges:
         """float32, or float64 in a model of float64."""
         return torch.promote_types(self.value.dtype, torch.float32)
 
-    def blocks(self) -> Iterator[WeightBlock]:
-        """Every row once; `dM/dA[t, s] = dM/dz_t . v_s` with the values of the head's group."""
+    def blocks(self, wanted: Bool[Tensor, "batch query"] | None = None) -> Iterator[WeightBlock]:
+        """Every row once; `dM/dA[t, s] = dM/dz_t . v_s` with the values of the head's group.
+
+        Blocks without a wanted row are left out.
+        """
         groups = self.value.shape[1]
         value = self.value.to(self.dtype)
         for rows in self.rows.blocks():
+            if wanted is not None and not bool(wanted[:, rows].any()):
+                continue
             keys = self.rows.keys_seen(rows)
             pattern = self.rows.pattern(self.rows.scores(rows, keys), rows, keys).to(self.dtype)
             above = self.gradient[:, rows].to(self.dtype).unflatten(2, (groups, -1))
@@ -163,63 +168,92 @@ def weight_gradients(
 def chosen_heads(
     anatomy: Anatomy, layers: HeadSpec | int | None, heads: HeadSpec | None
 ) -> dict[str, tuple[int, ...]]:
-    """Heads by site; of all sites that lie on the way of tokens where no layers are named."""
+    """Heads by site; where no layers are named, of the sites on whose way tokens are."""
     chosen = choose(anatomy, layers, heads)
-    sides = {name: key_side(anatomy, anatomy[name]) for name in chosen}
-    tokens = {name for name in chosen if sides[name] or anatomy[name].kind == "cross"}
+    rows = {name: query_side(anatomy, anatomy[name]) for name in chosen}
+    tokens = {name: chosen[name] for name in chosen if rows[name] in (TEXT, DECODER)}
     if layers is None and tokens:
-        return {name: numbers for name, numbers in chosen.items() if name in tokens}
-    if any(sides.values()) and len(tokens) < len(chosen):
-        towers = sorted({anatomy[name].stack for name in set(chosen) - tokens})
+        return tokens
+    if len(set(rows.values()) - {DECODER}) > 1:
+        sides = ", ".join(sorted(set(rows.values())))
         raise InputError(
-            f"The layers chosen are of the text and of {', '.join(towers)}, whose positions are "
-            "not the same. Choose layers of one of them."
+            f"The layers chosen are of {sides}, whose positions are not the same. Choose layers of "
+            "one of them: layers=..."
         )
     return chosen
 
 
-def query_side(anatomy: Anatomy, site: Site) -> str | None:
-    """Whose positions the rows of a site are; None for those of a tower beside the text."""
+def query_side(anatomy: Anatomy, site: Site) -> str:
+    """Whose positions the rows of a site are: the text's, the decoder's, or a tower's by name."""
     if site.kind == "cross":
         return DECODER if "dec" in anatomy.stacks else TEXT
-    return _own_side(anatomy, site)
+    return _own_side(site)
 
 
-def key_side(anatomy: Anatomy, site: Site) -> str | None:
-    """Whose positions the columns of a site are; None for those of an image, say."""
+def key_side(anatomy: Anatomy, site: Site) -> str:
+    """Whose positions the columns of a site are; cross-attention may look outside the text."""
     if site.kind == "cross":
-        return TEXT if "enc" in anatomy.stacks else None
-    return _own_side(anatomy, site)
+        return TEXT if "enc" in anatomy.stacks else OUTSIDE
+    return _own_side(site)
 
 
-def _own_side(anatomy: Anatomy, site: Site) -> str | None:
+def _own_side(site: Site) -> str:
     if site.stack == "dec":
         return DECODER
     # The only stack of a model of images or sound is unnamed, too.
-    return TEXT if site.stack in ("", "enc") else None
+    return TEXT if site.stack in ("", "enc") else site.stack
 
 
-def check_maps(
-    what: str, anatomy: Anatomy, batch: Batch, chosen: dict[str, int], budget: str | float
+def start_rows(
+    anatomy: Anatomy, batch: Batch, explained: Explained, edges: Edges, row: int | None
+) -> Float[Tensor, "batch query"]:
+    """1 at each prompt's row to explain: that of the target's logits, or `row` among real tokens.
+
+    Where the target names no position it is the last token under causal attention, else the first
+    (a class token). `edges` are those of the last site.
+    """
+    queries = edges.rows.shape[2]
+    start = edges.zeros(edges.rows.shape[0], queries)
+    if row is None and explained.reads is not None:
+        if query_side(anatomy, edges.site) != (DECODER if batch.sides.decoder else TEXT):
+            raise InputError(
+                f"The layers chosen end with {edges.site.name}, in which the target's logits have "
+                "no row. Say whose row is explained, row=0, or choose layers up to the last."
+            )
+        return start.scatter(1, explained.reads.to(start.device), 1)
+    real_rows = batch.sides.queries(edges.site).cut(queries).real
+    own_sites = [s for s in anatomy.sites if s.kind != "cross" and s.stack == edges.site.stack]
+    last = own_sites[-1].causal if own_sites else True
+    wanted = row if row is not None else -1 if last else 0
+    for prompt in range(len(start)):
+        real = range(queries)
+        if real_rows is not None:
+            real = real_rows[prompt].nonzero()[:, 0].tolist()
+        if not -len(real) <= wanted < len(real):
+            raise InputError(
+                f"row={wanted} is not in prompt {prompt}, which has {len(real)} positions."
+            )
+        start[prompt, real[wanted]] = 1
+    return start
+
+
+def check_dense(
+    what: str, lens: Lens, batch: Batch, counts: Mapping[str, int], budget: str | float, way: str
 ) -> None:
-    """Refuse maps over a budget before the model runs; `chosen` has the maps of each site.
+    """Refuse so many maps at each site over a budget, before the model runs.
 
     Raises:
-        BudgetError: the maps take more; the message says how many layers would fit.
+        BudgetError: the maps take more; the message ends with the way out.
 
     """
-    extents, limit = batch.extents(anatomy), parse_bytes(budget)
-    total = fits = 0
-    for name, maps in chosen.items():
-        if name in extents:
-            extent = extents[name]
-            total += maps * extent.batch * extent.queries * extent.keys * 4
-            fits += total <= limit
+    extents, limit = batch.extents(lens.anatomy_for(batch)), parse_bytes(budget)
+    element = max(next(lens.model.parameters()).element_size(), 4)
+    sizes = [(extents[name], count) for name, count in counts.items() if name in extents]
+    total = sum(n * at.batch * at.queries * at.keys * element for at, n in sizes)
     if total > limit:
         raise BudgetError(
-            f"{what} takes {gigabytes(total)}, over the budget of {gigabytes(limit)}; {fits} of "
-            f"the {len(chosen)} layers would fit (layers=...). Shorten the prompts, give fewer at "
-            f"a time, or budget='{gigabytes(int(total * 1.01) + 1)}'."
+            f"{what} takes {gigabytes(total)}, over the budget of {gigabytes(limit)}. {way}, or "
+            f"give fewer or shorter prompts, or budget='{gigabytes(int(total * 1.01) + 1)}'."
         )
 
 

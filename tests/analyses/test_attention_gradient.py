@@ -210,11 +210,10 @@ def test_sides_of_models_that_read_more_than_text() -> None:
     inputs = mllama.inputs(model)
     lens = al.load(model, example=inputs)
     note = attention_gradient(lens, inputs, 5).notes[0]
-    assert "cross.L1" in note
     assert "outside the text" in note
     tower = attention_gradient(lens, inputs, 5, layers="vision.L0")
     assert tower.tokens[0][:2] == ("0", "1")
-    with pytest.raises(InputError, match="text and of vision"):
+    with pytest.raises(InputError, match="text, vision, whose"):
         attention_gradient(lens, inputs, 5, layers="vision.L0,L0")
 
 
@@ -234,7 +233,7 @@ def test_maps_are_priced_before_the_model_runs(random_lens: Lens) -> None:
     ids = torch.ones(2, 20, dtype=torch.long)
     runs: list[int] = []
     handle = random_lens.model.register_forward_pre_hook(lambda *_: runs.append(1))
-    with pytest.raises(BudgetError, match=r"38\.4 kB, over the budget of 20 kB; 1 of the 3"):
+    with pytest.raises(BudgetError, match=r"76\.8 kB, .* budget of 20 kB.*77\.6 kB"):
         attention_gradient(random_lens, ids, 5, maps=True, budget=20_000)
     handle.remove()
     assert runs == []
