@@ -69,7 +69,7 @@ def embedding_gradients(
         value = metric(output)
         found = gradients(value, [leaf for _, leaf in leaves], "a token embedding")
     return value.detach(), tuple(
-        LookUp(ids, leaf.detach(), gradient)
+        LookUp(ids, leaf.detach(), torch.zeros_like(leaf) if gradient is None else gradient)
         for (ids, leaf), gradient in zip(leaves, found, strict=True)
     )
 
@@ -95,8 +95,8 @@ def graph_run(
 
 def gradients(
     value: Float[Tensor, " batch"], leaves: Sequence[Tensor], what: str
-) -> tuple[Tensor, ...]:
-    """The gradient of a value at each leaf, of every prompt by itself; 0 where none comes.
+) -> list[Tensor | None]:
+    """The gradient of a value at each leaf, of every prompt by itself; None where none comes.
 
     Raises:
         InputError: no leaf has one, or one is not finite.
@@ -105,7 +105,7 @@ def gradients(
     found: list[Tensor | None] = [None] * len(leaves)
     if value.requires_grad:
         found = [*torch.autograd.grad(value.sum(), list(leaves), allow_unused=True)]
-    known: list[Tensor] = [gradient for gradient in found if gradient is not None]
+    known = [gradient for gradient in found if gradient is not None]
     if not known:
         raise InputError(
             f"The target has no gradient: it depends on {what} by no differentiable step (accuracy "
@@ -117,7 +117,4 @@ def gradients(
             "the model's dtype overflows. Load it in float32 or bfloat16, and look at its logits "
             "(lens.logits)."
         )
-    return tuple(
-        torch.zeros_like(leaf) if gradient is None else gradient
-        for leaf, gradient in zip(leaves, found, strict=True)
-    )
+    return found
