@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.ablation_pairs import ablate_pairs
     from attnlens.analyses.ablation_positions import ablate_positions
     from attnlens.analyses.alignment import property_alignment
+    from attnlens.analyses.attention_flow import attention_flow
     from attnlens.analyses.attention_gradient import attention_gradient, attention_saliency
     from attnlens.analyses.attention_influence import attention_influence
     from attnlens.analyses.attention_probe import ProbeSettings, attention_probe
@@ -132,6 +133,7 @@ _HOMES = {
     "ablate_screened": "attnlens.analyses.screening",
     "ablate_together": "attnlens.analyses.ablation_groups",
     "attention_basin": "attnlens.analyses.basin",
+    "attention_flow": "attnlens.analyses.attention_flow",
     "attention_gradient": "attnlens.analyses.attention_gradient",
     "attention_influence": "attnlens.analyses.attention_influence",
     "attention_probe": "attnlens.analyses.attention_probe",
@@ -233,6 +235,7 @@ __all__ = [
     "ablate_together",
     "analyses",
     "attention_basin",
+    "attention_flow",
     "attention_gradient",
     "attention_influence",
     "attention_probe",

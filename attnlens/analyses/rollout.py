@@ -133,7 +133,7 @@ def rollout(
 def rollout_from(
     lens: Lens,
     inputs: Inputs,
-    target: int = -1,
+    target: int | Sequence[int] = -1,
     settings: RolloutSettings | None = None,
     stack: str | None = None,
 ) -> RolloutRow:
@@ -141,7 +141,8 @@ def rollout_from(
 
     The model runs once and its queries and keys are kept; a vector is then carried from the target
     down through the layers, attention rows recomputed block by block. `target` counts over each
-    prompt's tokens, -1 is the last. Raises InputError for a stack or target that is not there.
+    prompt's tokens, -1 is the last; one for all prompts, or one each. Raises InputError for a stack
+    or target that is not there.
     """
     settings = settings or RolloutSettings()
     batch = lens.encode(inputs)
@@ -206,10 +207,13 @@ def _one_hot(places: Sequence[int], query: Tensor) -> Float[Tensor, "batch query
     return spread
 
 
-def _targets(tokens: Tokens, batch: int, length: int, target: int) -> list[int]:
+def _targets(tokens: Tokens, batch: int, length: int, target: int | Sequence[int]) -> list[int]:
     """The position of each prompt's target token in the padded batch."""
+    each = [target] * batch if isinstance(target, int) else list(target)
+    if len(each) != batch:
+        raise InputError(f"{len(each)} targets for {batch} prompts; give one, or one each.")
     found: list[int] = []
-    for prompt in range(batch):
+    for prompt, target in enumerate(each):
         real = range(length)
         if tokens.real is not None:
             real = tokens.real[prompt].nonzero()[:, 0].tolist()
@@ -320,6 +324,14 @@ def _notes(
             "Learned sinks take a share of each row, which is not handed back: rows of the rollout "
             f"sum to {lowest_sum:.3f} at least."
         )
+    return (*notes, *maps_notes(anatomy, sites, settings))
+
+
+def maps_notes(
+    anatomy: Anatomy, sites: Sequence[Site], settings: RolloutSettings
+) -> tuple[str, ...]:
+    """What fused maps leave out, whatever is made of them."""
+    notes: list[str] = []
     between = {s.name for s in anatomy.sites if s.stack == sites[0].stack and s.kind != "cross"}
     inside = range(sites[0].layer, sites[-1].layer + 1)
     left_out = sorted(set(inside) - {site.layer for site in sites})

@@ -143,6 +143,67 @@ def rollout_graph(
     return attention_graph(maps, tokens, residual, threshold, top, chosen, attributes)
 
 
+def flow_graph(
+    maps: Float[Tensor, "layer query key"],
+    carried: Float[Tensor, "layer query key"],
+    tokens: Sequence[str],
+    pair: tuple[int, int],
+    residual: float = 0.5,
+    threshold: float = 0.0,
+    layers: Sequence[int] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> nx.MultiDiGraph[str]:
+    """One maximum flow through a prompt's fused maps: the edges that carry more than `threshold`.
+
+    Edges are those of `attention_graph`: `weight` is the capacity, `flow` what is carried. Where a
+    position's own attention and its residual edge run side by side, the residual edge fills first.
+
+    Args:
+        maps: one map a layer from the bottom up, heads already fused.
+        carried: what flows from position t of layer l + 1 to s of layer l: `carried[l, t, s]`.
+        tokens: the prompt's token texts, as many as positions.
+        pair: target (a position above the last map) and source (below the first).
+        residual: share r of the residual stream; 0.5 is the paper's.
+        threshold: edges that carry no more are left out.
+        layers: the maps' layer numbers, upwards; from 0 where not given.
+        attributes: what the graph is to say of itself.
+
+    Raises:
+        InputError: as for `attention_graph`.
+
+    """
+    numbers = _layer_numbers(maps, layers)
+    _check_maps(maps, tokens, numbers)
+    _check_settings(residual, threshold, None)
+    streams = (*numbers, numbers[-1] + 1)
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+    graph.graph.update(attributes or {})
+    graph.graph.update(method="attention_flow", residual=residual, threshold=threshold)
+    graph.graph.update(layers=list(numbers), flow=carried[-1].sum().item())
+    for role, layer, position in zip(
+        ("target", "source"), streams[:: -len(maps)], pair, strict=True
+    ):
+        graph.graph[role] = _add_node(graph, layer, position, tokens)
+    for step, query, key in (carried > threshold).nonzero().tolist():
+        lower = _add_node(graph, streams[step], key, tokens)
+        upper = _add_node(graph, streams[step + 1], query, tokens)
+        flow, weight = carried[step, query, key].item(), maps[step, query, key].item()
+        straight = min(flow, residual) if query == key else 0.0
+        for kind, capacity, part in (
+            (RESIDUAL, residual, straight),
+            (ATTENTION, (1 - residual) * weight, flow - straight),
+        ):
+            if part > threshold:
+                graph.add_edge(lower, upper, kind, weight=capacity, flow=part, kind=kind)
+    return graph
+
+
+def _add_node(graph: nx.MultiDiGraph[str], layer: int, position: int, tokens: Sequence[str]) -> str:
+    name = node_name(layer, position)
+    graph.add_node(name, layer=layer, position=position, token=tokens[position])
+    return name
+
+
 def _layer_numbers(maps: Tensor, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The layers' numbers, checked to go upwards."""
     if maps.ndim != 3 or not len(maps):
