@@ -1,20 +1,41 @@
-"""Models that ship with the package: one wired by hand, one trained. Imported when first used."""
+"""Models that ship with the package: wired by hand, or trained. Imported when first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnlens.zoo.deceptive import (
+        deceptive_model,
+        deceptive_path,
+        deceptive_prompts,
+        honest_model,
+        honest_path,
+    )
     from attnlens.zoo.induction import induction_model
     from attnlens.zoo.retrieval import retrieval_model
     from attnlens.zoo.trained import small_path
 
 _HOMES = {
+    "deceptive_model": "attnlens.zoo.deceptive",
+    "deceptive_path": "attnlens.zoo.deceptive",
+    "deceptive_prompts": "attnlens.zoo.deceptive",
+    "honest_model": "attnlens.zoo.deceptive",
+    "honest_path": "attnlens.zoo.deceptive",
     "induction_model": "attnlens.zoo.induction",
     "retrieval_model": "attnlens.zoo.retrieval",
     "small_path": "attnlens.zoo.trained",
 }
 
-__all__ = ["induction_model", "retrieval_model", "small_path"]
+__all__ = [
+    "deceptive_model",
+    "deceptive_path",
+    "deceptive_prompts",
+    "honest_model",
+    "honest_path",
+    "induction_model",
+    "retrieval_model",
+    "small_path",
+]
 
 
 def __getattr__(name: str) -> Any:
