@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlens.hooks.backward.asked import Asked, Function
+from attnlens.hooks.backward.asked import Asked, Function, depends
 
 _NEAR_ZERO = 1e-4  # some activations miss 0 at 0 by their epsilon; gates are far from it
 
@@ -35,15 +35,17 @@ def ratio(function: Function, x: Tensor) -> Tensor:
     with torch.enable_grad():
         zero = torch.zeros(1, dtype=torch.float32, device=x.device, requires_grad=True)
         at_zero = function(zero)
-        if abs(float(at_zero.detach())) > _NEAR_ZERO:
-            return function(x.detach())
-        (slope,) = torch.autograd.grad(at_zero.sum(), zero)
+        if not float(at_zero.detach().abs().max()) <= _NEAR_ZERO:
+            return function(x.detach()).detach()
+        (slope,) = torch.autograd.grad(at_zero.mean(), zero)
     return _Ratio.apply(x, function, float(slope))
 
 
 def elementwise(asked: Asked) -> Any:
-    """A function of each number."""
+    """A function of each number; a constant where the input is no such number (an exponent)."""
     x = asked.argument(0, "input")
+    if not depends(x):
+        return asked.constant()
     rest = {name: value for name, value in asked.kwargs.items() if name not in ("input", "inplace")}
     return ratio(lambda value: asked.function(value, *asked.args[1:], **rest), x)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.hooks.backward.asked import Asked, depends, is_constant
-from attnlens.hooks.backward.tally import Tally, on_gradient
+from attnlens.hooks.backward.tally import Tally, on_gradient, scaled
 
 _HIDDEN = -1e4  # no score bias is as low
 
@@ -23,6 +23,7 @@ def functions(*names: str) -> list[Callable[..., Any]]:
 
 _REVERSED = frozenset(functions("__rsub__", "rsub"))
 _DIFFERENCES = _REVERSED.union(functions("sub", "subtract", "__sub__", "__isub__", "sub_"))
+_FACTORS = ("mat1", "mat2", "batch1", "batch2")
 _SPACE = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
@@ -32,12 +33,19 @@ def added(asked: Asked) -> Any:
     if not depends(found):
         return found
     terms = [*asked.args[:2], *(asked.kwargs[n] for n in ("input", "other") if n in asked.kwargs)]
-    sign = -1.0 if asked.function in _DIFFERENCES else 1.0
-    for place, term in enumerate(terms):
+    for term, factor in zip(terms, _factors(asked), strict=True):
         if is_constant(term) and not _hides(term):
-            signed = term if place == 0 and asked.function not in _REVERSED else sign * term
+            signed = term if factor == 1 else factor * term
             on_gradient(found, asked.tally.constant(_kind(term), signed))
     return found
+
+
+def _factors(asked: Asked) -> tuple[float, float]:
+    """What a sum multiplies its two terms by."""
+    alpha = asked.kwargs.get("alpha", 1.0)
+    if asked.function in _REVERSED:
+        return -alpha, 1.0
+    return 1.0, -alpha if asked.function in _DIFFERENCES else alpha
 
 
 def _hides(constant: Tensor | float) -> bool:
@@ -60,8 +68,17 @@ def linear(asked: Asked) -> Any:
 
 
 def addmm(asked: Asked) -> Any:
-    """`b + x W`: b keeps its share."""
-    return _with_bias(asked, asked.argument(0, "input"))
+    """`beta b + alpha X Y`: b keeps its share; X and Y get half each where both depend."""
+    bias, beta = asked.argument(0, "input"), asked.kwargs.get("beta", 1)
+    given = (asked.kwargs[name] for name in _FACTORS if name in asked.kwargs)
+    one, other = [*asked.args[1:], *given]
+    if depends(one) and depends(other):
+        found = beta * bias + asked.kwargs.get("alpha", 1) * scaled(one @ other, 0.5)
+    else:
+        found = asked.plain()
+    if depends(found) and not depends(bias):
+        on_gradient(found, asked.tally.constant("biases", beta * bias))
+    return found
 
 
 def convolution(asked: Asked) -> Any:
