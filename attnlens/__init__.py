@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.erasure import leave_one_out, random_attribution
     from attnlens.analyses.faithfulness import faithfulness
+    from attnlens.analyses.flow_attribution import flow_attribution
     from attnlens.analyses.gradient_rollout import gradient_rollout
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from attnlens.analyses.retrieval import RetrievalSettings, retrieval_heads
     from attnlens.analyses.rhythm import rhythm
     from attnlens.analyses.rollout import RolloutSettings, rollout, rollout_from
+    from attnlens.analyses.rollout_attribution import rollout_attribution
     from attnlens.analyses.routes import route_scores, routes
+    from attnlens.analyses.saliency_flows import saliency_flows
     from attnlens.analyses.screening import ablate_screened
     from attnlens.analyses.sinks import SinkSettings, sinks
     from attnlens.analyses.stored import stored_ablation
@@ -148,6 +151,7 @@ _HOMES = {
     "export_graph": "attnlens.graphs.export",
     "faithfulness": "attnlens.analyses.faithfulness",
     "first_order_effects": "attnlens.analyses.importance",
+    "flow_attribution": "attnlens.analyses.flow_attribution",
     "frozen": "attnlens.lens.frozen",
     "gradient_importance": "attnlens.analyses.importance",
     "gradient_rollout": "attnlens.analyses.gradient_rollout",
@@ -177,10 +181,12 @@ _HOMES = {
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
+    "rollout_attribution": "attnlens.analyses.rollout_attribution",
     "rollout_from": "attnlens.analyses.rollout",
     "rollout_graph": "attnlens.graphs.flow",
     "route_scores": "attnlens.analyses.routes",
     "routes": "attnlens.analyses.routes",
+    "saliency_flows": "attnlens.analyses.saliency_flows",
     "show": "attnlens.views",
     "sinks": "attnlens.analyses.sinks",
     "stored_ablation": "attnlens.analyses.stored",
@@ -251,6 +257,7 @@ __all__ = [
     "export_graph",
     "faithfulness",
     "first_order_effects",
+    "flow_attribution",
     "frozen",
     "gradient_importance",
     "gradient_rollout",
@@ -281,10 +288,12 @@ __all__ = [
     "retrieval_heads",
     "rhythm",
     "rollout",
+    "rollout_attribution",
     "rollout_from",
     "rollout_graph",
     "route_scores",
     "routes",
+    "saliency_flows",
     "show",
     "sinks",
     "stored_ablation",

@@ -20,6 +20,8 @@ _METHODS = {
     "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",
     "attention_saliency": "attnlens.analyses.attention_gradient.attention_saliency",
     "chefer": "attnlens.analyses.chefer.chefer",
+    "rollout": "attnlens.analyses.rollout_attribution.rollout_attribution",
+    "attention_flow": "attnlens.analyses.flow_attribution.flow_attribution",
     "gradient_rollout": "attnlens.analyses.gradient_rollout.gradient_rollout",
     "routes": "attnlens.analyses.routes.route_scores",
     "leave_one_out": "attnlens.analyses.erasure.leave_one_out",

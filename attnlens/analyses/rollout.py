@@ -111,7 +111,7 @@ def rollout(
 
     """
     settings = settings or RolloutSettings()
-    sites, chosen = _sites(trace.anatomy, settings, stack)
+    sites, chosen = chosen_sites(trace.anatomy, settings, stack)
     for site in sites:
         _check_kept(trace, site, chosen[site.name])
     tokens = trace.sides.queries(sites[0])
@@ -146,7 +146,8 @@ def rollout_from(
     """
     settings = settings or RolloutSettings()
     batch = lens.encode(inputs)
-    sites, chosen = _sites(lens.anatomy, settings, stack)
+    anatomy = lens.anatomy_for(batch)
+    sites, chosen = chosen_sites(anatomy, settings, stack)
     kept = _KeepRows(sites)
     lens.observe(batch, kept)
     tokens = batch.sides.queries(sites[0])
@@ -166,7 +167,7 @@ def rollout_from(
         for b, place in enumerate(places)
     )
     low = float(stacked[:, 0].sum(-1).min())
-    notes = _notes(lens.anatomy, sites, settings, stacked[:, 0], low)
+    notes = _notes(anatomy, sites, settings, stacked[:, 0], low)
     return RolloutRow(words, moved, stacked, tuple(s.name for s in sites), settings, notes)
 
 
@@ -225,7 +226,7 @@ def _targets(tokens: Tokens, batch: int, length: int, target: int | Sequence[int
     return found
 
 
-def _sites(
+def chosen_sites(
     anatomy: Anatomy, settings: RolloutSettings, stack: str | None
 ) -> tuple[tuple[Site, ...], dict[str, tuple[int, ...]]]:
     """The sites to roll through and the heads to fuse at each."""
