@@ -218,7 +218,8 @@ def start_rows(
         if query_side(anatomy, edges.site) != (DECODER if batch.sides.decoder else TEXT):
             raise InputError(
                 f"The layers chosen end with {edges.site.name}, in which the target's logits have "
-                "no row. Say whose row is explained, row=0, or choose layers up to the last."
+                "no row. Choose layers up to the last, or say which row is explained: row=0 (for "
+                "flows a group named 'target')."
             )
         return start.scatter(1, explained.reads.to(start.device), 1)
     real_rows = batch.sides.queries(edges.site).cut(queries).real

@@ -19,6 +19,7 @@ _FAMILIES = {
     "attnlens.anatomy.sites.Anatomy": "attnlens.views.tables",
     "attnlens.hooks.check.Check": "attnlens.views.tables",
     "attnlens.analyses.rollout.Rollout": "attnlens.views.heatmaps",
+    "attnlens.analyses.routes.Routes": "attnlens.views.routes",
     "attnlens.analyses.profile.Profile": "attnlens.views.grids",
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
     "attnlens.analyses.head_types.HeadTypes": "attnlens.views.grids",
@@ -48,6 +49,7 @@ _FAMILIES = {
     "attnlens.analyses.alignment.PropertyAlignment": "attnlens.views.syntax",
     "attnlens.analyses.attention_influence.AttentionInfluence": "attnlens.views.influence",
     "attnlens.analyses.contrast_decoding.Contrast": "attnlens.views.influence",
+    "attnlens.analyses.saliency_flows.SaliencyFlows": "attnlens.views.attention_gradient",
     "attnlens.analyses.attribution.Attribution": "attnlens.views.attribution",
     "networkx.classes.multidigraph.MultiDiGraph": "attnlens.views.graph_figure",
 }
