@@ -1,6 +1,7 @@
 """Prompts with known answers: clean and corrupt pairs, where they are graded, and a metric."""
 
 from attnlens.tasks.conllu import Sentence, read_conllu
+from attnlens.tasks.copying import copy_task
 from attnlens.tasks.haystack import (
     Needle,
     NeedlePrompt,
@@ -23,6 +24,7 @@ __all__ = [
     "Task",
     "TaskModel",
     "accuracy",
+    "copy_task",
     "hidden_tokens",
     "hide_needle",
     "indirect_object",
