@@ -23,7 +23,7 @@ from attnlens.cli.progress import Steps, silent
 from attnlens.cli.texts import Texts, cut_texts
 from attnlens.errors import TaskError
 from attnlens.lens import Inputs, Lens, Trace
-from attnlens.tasks import Task, indirect_object, key_value, needle, repeated_tokens
+from attnlens.tasks import Task, copy_task, indirect_object, key_value, needle, repeated_tokens
 from attnlens.views.findings import Findings
 from attnlens.views.narrative import THRESHOLD
 from attnlens.views.report import write_report
@@ -33,6 +33,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "ioi": indirect_object,
     "key-value": key_value,
     "needle": needle,
+    "copy": copy_task,
 }
 PROMPT_TOKENS = 40
 """The prompt of the heat maps is at most so long: its labels can be read."""

@@ -16,6 +16,7 @@ class TaskName(StrEnum):
     IOI = "ioi"
     KEY_VALUE = "key-value"
     NEEDLE = "needle"
+    COPY = "copy"
     NONE = "none"
 
 
@@ -26,6 +27,7 @@ class SweepTask(StrEnum):
     IOI = "ioi"
     KEY_VALUE = "key-value"
     NEEDLE = "needle"
+    COPY = "copy"
 
 
 class Mode(StrEnum):
