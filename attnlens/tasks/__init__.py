@@ -16,6 +16,7 @@ from attnlens.tasks.needle import needle
 from attnlens.tasks.plain_text import plain_text
 from attnlens.tasks.repeated import repeated_tokens
 from attnlens.tasks.task import Task, TaskModel
+from attnlens.tasks.telling import telling_word
 
 __all__ = [
     "Needle",
@@ -36,4 +37,5 @@ __all__ = [
     "read_conllu",
     "repeated_tokens",
     "secret_words",
+    "telling_word",
 ]
