@@ -21,10 +21,13 @@ class Rule:
     name: str
     through_patterns: bool
     """Whether relevance flows through softmaxes, to queries and keys, or they are constants."""
+    positive: bool = False
+    """Whether linear maps hand down by their positive products alone (alpha = 1), not by all."""
 
 
 ATTNLRP = Rule("attnlrp", through_patterns=True)
 CP_LRP = Rule("cp_lrp", through_patterns=False)
+ALPHA_ONE = Rule("alpha_one", through_patterns=True, positive=True)
 
 
 @dataclass(frozen=True)

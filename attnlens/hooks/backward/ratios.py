@@ -20,7 +20,7 @@ class _Ratio(torch.autograd.Function):
         y = function(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         above = y if wide == x.dtype else function(x.to(wide))
-        ratio = torch.where(x == 0, at_zero, above / x.to(wide)).to(x.dtype)
+        ratio = (above / x.to(wide)).nan_to_num_(nan=at_zero).to(x.dtype)  # 0 / 0 at 0
         ctx.save_for_backward(ratio)
         return y
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.hooks.backward.asked import Asked, depends, is_constant
+from attnlens.hooks.backward.positive import positive_linear
 from attnlens.hooks.backward.tally import Tally, on_gradient, scaled
 
 _HIDDEN = -1e4  # no score bias is as low
@@ -63,8 +64,11 @@ def _kind(constant: Tensor | float) -> str:
 
 
 def linear(asked: Asked) -> Any:
-    """`W x + b`: b keeps its share."""
-    return _with_bias(asked, asked.argument(2, "bias"))
+    """`W x + b`: b keeps its share; by positive products alone under alpha = 1."""
+    bias = asked.argument(2, "bias")
+    if asked.rule.positive:
+        return positive_linear(asked.argument(0, "input"), asked.argument(1, "weight"), bias)
+    return _with_bias(asked, bias)
 
 
 def addmm(asked: Asked) -> Any:
@@ -72,6 +76,8 @@ def addmm(asked: Asked) -> Any:
     bias, beta = asked.argument(0, "input"), asked.kwargs.get("beta", 1)
     given = (asked.kwargs[name] for name in _FACTORS if name in asked.kwargs)
     one, other = [*asked.args[1:], *given]
+    if asked.rule.positive and not depends(other):
+        return positive_linear(one, other.T, bias)
     if depends(one) and depends(other):
         found = beta * bias + asked.kwargs.get("alpha", 1) * scaled(one @ other, 0.5)
     else:
