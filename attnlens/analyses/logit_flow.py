@@ -22,12 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.attribution import Attribution, Ledger, over_tokens
+from attnlens.analyses.attention_gradient import columns_over_tokens
+from attnlens.analyses.attribution import Attribution, Ledger
 from attnlens.analyses.target import Explained, TargetSpec, settle
 from attnlens.anatomy import Anatomy, Head, Site
 from attnlens.errors import UnsupportedModelError
 from attnlens.hooks.direct import Direct, Written
 from attnlens.hooks.input_gradients import gradients, graph_run
+from attnlens.hooks.mlp import find_mlps
 from attnlens.hooks.rows import Rows
 from attnlens.lens import Batch, Inputs, Lens
 
@@ -45,7 +47,8 @@ class Part:
     """`embeddings`, `L3H5`, `L3.mlp`, or a bias by its name in the model."""
     kind: Kind
     layer: str | None = None
-    """The layer that it is part of, `L3`; None for embeddings and for what follows the layers."""
+    """The layer that it is part of, `L3`; None for embeddings and for what follows the layers. Of
+    embeddings the layer that they enter, where others come before it."""
     head: Head | None = None
 
 
@@ -54,7 +57,8 @@ class LogitFlow(Attribution):
     """An attribution that is a sum over parts; `scores` are what heads carry from each token.
 
     A token's score is `sum over heads of A[t, s] v_s W_O` along the logit, for the token s and the
-    row t that is read; the read token's has the embeddings' share, too.
+    row t that is read; the read token's has the embeddings' share, too. `layers` are these sums by
+    layer, the embeddings' in the first.
     """
 
     parts: tuple[Part, ...] = ()
@@ -95,7 +99,7 @@ def logit_flow(lens: Lens, inputs: Inputs, target: TargetSpec = None) -> LogitFl
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
     explained = settle(lens, batch, target)
-    direct = Direct(anatomy, lens.mlp_names())
+    direct = Direct(anatomy, _mlp_names(lens, batch, anatomy))
     observers = (direct, *explained.observers(lens, batch))
     with graph_run(lens.model, anatomy, observers, batch.inputs) as output:
         value, before = _explained(explained, output, direct)
@@ -106,10 +110,12 @@ def logit_flow(lens: Lens, inputs: Inputs, target: TargetSpec = None) -> LogitFl
         for written, gradient in zip(direct.written, found, strict=True)
         if gradient is not None
     ]
+    columns = _columns(anatomy, batch.size, reached)
     parts, shares = _shares(anatomy, batch.size, reached)
     value = value.detach()
     _check_sum(lens, anatomy, value, shares, direct.rounded)
-    words, scores = _of_tokens(lens, batch, anatomy, reached)
+    words, by_layer, notes = columns_over_tokens(lens, batch, columns)
+    by_layer, scores = by_layer.cpu(), by_layer.sum(1).cpu()
     value, shares = value.double().cpu(), shares.cpu()
     kinds = [part.kind for part in parts]
     heads = [column for column, kind in enumerate(kinds) if kind == "head"]
@@ -124,13 +130,23 @@ def logit_flow(lens: Lens, inputs: Inputs, target: TargetSpec = None) -> LogitFl
         target=explained.names,
         value=value,
         settings={"explained": before or "the target"},
+        layers=by_layer,
+        layer_names=tuple(columns),
         heads=shares[:, heads],
         head_names=tuple(head for part in parts if (head := part.head) is not None),
         ledger=Ledger(value, entries),
-        notes=_notes(before),
+        notes=(*notes, *_notes(parts, before)),
         parts=parts,
         shares=shares,
     )
+
+
+def _mlp_names(lens: Lens, batch: Batch, anatomy: Anatomy) -> Mapping[str, str]:
+    """The module that ends each block's MLP, of the blocks that run on this input."""
+    if anatomy is lens.anatomy:
+        return lens.mlp_names()
+    mlps = find_mlps(lens.model, anatomy, batch.inputs)
+    return {block: mlp.name for block, mlp in mlps.items()}
 
 
 def _explained(
@@ -148,14 +164,19 @@ def _explained(
     return explained.metric(before), "the logit as the unembedding gives it"
 
 
-def _notes(before: str | None) -> tuple[str, ...]:
-    if before is None:
-        return ()
-    note = (
-        "The model caps its logits or adds to them after the unembedding; explained is what the "
-        "unembedding gives, so the value is not the model's last logit."
-    )
-    return (note,)
+def _notes(parts: Sequence[Part], before: str | None) -> tuple[str, ...]:
+    notes: list[str] = []
+    if before is not None:
+        notes.append(
+            "The model caps its logits or adds to them after the unembedding; explained is what "
+            "the unembedding gives, so the value is not the model's last logit."
+        )
+    if parts[0].layer is not None:
+        notes.append(
+            f"Layers before {parts[0].layer} have no attention; what they write is counted with "
+            "the embeddings."
+        )
+    return tuple(notes)
 
 
 Reached = Sequence[tuple[Written, Tensor]]
@@ -187,7 +208,9 @@ def _shares(
 
 def _part(written: Written, blocks: Mapping[str, str]) -> Part:
     if written.kind == "embeddings":
-        return Part("embeddings", "embeddings")
+        entered = next(block for block, name in blocks.items() if name == written.name)
+        first = entered.rpartition(".")[2] == "0"
+        return Part("embeddings", "embeddings", None if first else written.name)
     if written.kind == "mlp":
         return Part(f"{written.name}.mlp", "mlp", written.name)
     inside = (name for block, name in blocks.items() if written.name.startswith(f"{block}."))
@@ -223,26 +246,25 @@ def _closes(dtype: torch.dtype) -> float:
     return _CLOSES.get(dtype, 5e-2)
 
 
-def _of_tokens(
-    lens: Lens, batch: Batch, anatomy: Anatomy, reached: Reached
-) -> tuple[tuple[tuple[str, ...], ...], Float[Tensor, "batch position"]]:
-    """What heads carry from each token, and what the embeddings are worth where they are read."""
-    sides: dict[bool, Tensor] = {}
-
-    def add(own: bool, share: Tensor) -> None:
-        sides[own] = sides[own] + share if own in sides else share
-
-    decodes = batch.sides.decoder is not None
+def _columns(
+    anatomy: Anatomy, batch: int, reached: Reached
+) -> dict[str, Float[Tensor, "batch key"]]:
+    """What each layer's heads carry from each token; the embeddings' share is the first layer's."""
+    columns: dict[str, Tensor] = {}
     for written, gradient in reached:
+        if written.part is None and len(gradient) != batch:
+            raise UnsupportedModelError(
+                f"{written.name} of {anatomy.model} writes to the text's residual stream directly "
+                "though it attends to pieces of images, whose prompts cannot be told. Give text "
+                "alone."
+            )
         if written.kind == "embeddings":
-            add(decodes, (written.tensor.detach().double() * gradient.double()).sum(-1))
+            columns[written.name] = (written.tensor.detach().double() * gradient.double()).sum(-1)
         elif written.call is not None:
-            site = anatomy[written.name]
-            add(decodes and site.kind != "cross", _by_source(site, written, gradient))
-    # A decoder without an encoder is the text itself.
-    text = sides[False] if False in sides else next(iter(sides.values()))[:, :0]
-    words, scores = over_tokens(lens, batch, text, sides.get(True))
-    return words, scores.cpu()
+            share = _by_source(anatomy[written.name], written, gradient)
+            before = columns.get(written.name)
+            columns[written.name] = share if before is None else before + share
+    return columns
 
 
 @torch.no_grad()
