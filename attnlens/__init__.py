@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.importance import first_order_effects, gradient_importance
     from attnlens.analyses.input_gradient import input_gradient, integrated_gradients
     from attnlens.analyses.layer_similarity import layer_similarity
+    from attnlens.analyses.logit_flow import logit_flow
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.massive_qk import massive_qk
@@ -165,6 +166,7 @@ _HOMES = {
     "leave_one_out": "attnlens.analyses.erasure",
     "load": "attnlens.lens",
     "load_graph": "attnlens.graphs.export",
+    "logit_flow": "attnlens.analyses.logit_flow",
     "long_context_heads": "attnlens.analyses.long_context",
     "massive_activations": "attnlens.analyses.massive_activations",
     "massive_qk": "attnlens.analyses.massive_qk",
@@ -272,6 +274,7 @@ __all__ = [
     "leave_one_out",
     "load",
     "load_graph",
+    "logit_flow",
     "long_context_heads",
     "massive_activations",
     "massive_qk",
