@@ -148,7 +148,8 @@ def _measured(
 ) -> tuple[Float[Tensor, "2 fraction"], Float[Tensor, "4"]]:
     """The two curves of a prompt; the areas under them, comprehensiveness and sufficiency."""
     if not count:
-        return torch.full((2, len(FRACTIONS)), torch.nan).double(), torch.full((4,), torch.nan)
+        none = torch.full((4,), torch.nan, dtype=torch.float64)
+        return none[:2, None].expand(2, len(FRACTIONS)), none
     for way in (True, False):
         values |= {(way, 0): whole, (way, count): empty}
     gone = places(count, steps)
@@ -160,4 +161,4 @@ def _measured(
     ]
     numbers = [np.trapezoid(curve, shares) for curve in curves] + [np.mean(drop) for drop in drops]
     lines = [np.interp(FRACTIONS.numpy(), shares, curve) for curve in curves]
-    return torch.tensor(np.array(lines)), torch.tensor([float(number) for number in numbers])
+    return torch.tensor(np.array(lines)), torch.tensor(np.array(numbers))

@@ -76,13 +76,14 @@ class Eraser:
         self.erasable = self.real & self._may_go(ids).gather(1, self._places)
 
     def _may_go(self, ids: Int[Tensor, "batch padded"]) -> Bool[Tensor, "batch padded"]:
-        """All but special tokens, and the read one where erasing hides."""
-        may = torch.ones_like(ids).bool()
+        """All but special tokens; the read one where erasing hides, placeholders where not."""
+        stay = set[int | None]()
         if not self.replacement.special:
-            special = self.lens.special_ids | {self.lens.bos_id}
-            may = ~torch.isin(
-                ids, torch.tensor([i for i in special if i is not None], dtype=torch.long)
-            )
+            stay |= {*self.lens.special_ids, self.lens.bos_id}
+        if self.replacement.kind != "padding":
+            stay |= _placeholders(self.lens.model.config)
+        known = torch.tensor([token for token in stay if token is not None], dtype=torch.long)
+        may = ~torch.isin(ids, known)
         if self.replacement.kind == "padding" and self.explained.reads is not None:
             may.scatter_(1, self.explained.reads + self._sides[-1].columns.start, False)
         return may
@@ -139,6 +140,13 @@ def _split(
 ) -> tuple[Int[Tensor, "batch position"], Int[Tensor, "batch position"] | None]:
     text, *decoder = (values[:, side.columns] for side in sides)
     return text, decoder[0] if decoder else None
+
+
+def _placeholders(config: Any) -> set[int | None]:
+    """Tokens in whose places a model puts an image, a video or a sound."""
+    kinds = ("image", "video", "audio")
+    names = [f"{kind}_token_{end}" for kind in kinds for end in ("id", "index")]
+    return {getattr(config, name, None) for name in names}
 
 
 def _one_a_prompt(prompts: Int[Tensor, " row"]) -> Iterator[Int[Tensor, " some"]]:

@@ -129,14 +129,15 @@ class _Hidden(Rule):
 
     def __init__(self, lens: Lens) -> None:
         accepted = inspect.signature(lens.model.forward).parameters
-        if "attention_mask" not in accepted:
-            raise InputError(
-                f"{lens.anatomy.model} takes no attention mask, so that tokens cannot be hidden. "
-                "Take replacement='mean' or 'neutral'."
-            )
         counts = any(hasattr(module, "get_rope_index") for module in lens.model.modules())
+        if "attention_mask" not in accepted or counts:
+            why = "counts positions by its attention mask" if counts else "takes no attention mask"
+            raise InputError(
+                f"{lens.anatomy.model} {why}, so that tokens cannot be hidden. Take "
+                "replacement='mean' or 'neutral'."
+            )
         self._first = first_position(lens.model)
-        self._pinned = "position_ids" in accepted and not counts
+        self._pinned = "position_ids" in accepted
 
     def put(self, inputs: dict[str, Any], erased: Erased) -> tuple[Observer, ...]:
         """Hide tokens; positions are those of the whole text, which a model would count anew."""
