@@ -31,6 +31,7 @@ _FAMILIES = {
     "attnlens.analyses.edit_effects.EditEffects": "attnlens.views.ablation",
     "attnlens.analyses.screening.ScreenedAblation": "attnlens.views.ablation",
     "attnlens.analyses.importance.GradientImportance": "attnlens.views.importance",
+    "attnlens.analyses.logit_flow.LogitFlow": "attnlens.views.logit_flow",
     "attnlens.analyses.pruning.Pruning": "attnlens.views.importance",
     "attnlens.analyses.retrieval.RetrievalHeads": "attnlens.views.retrieval",
     "attnlens.analyses.query_focused.QueryFocusedHeads": "attnlens.views.retrieval",
