@@ -10,15 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from attnlens import __version__
+from attnlens.cli import explaining as explain
 from attnlens.cli import options as ask
 from attnlens.cli.asked import (
     ModelAsked,
     NeedleAsked,
+    PathsAsked,
+    ScoresAsked,
     StoppedError,
     SweepAsked,
     TextsAsked,
     TreesAsked,
 )
+from attnlens.cli.prompt import read_prompt
 from attnlens.errors import AttnlensError, InputError
 
 app = typer.Typer(
@@ -233,6 +237,80 @@ def syntax(
     """
     asked = TreesAsked(trees, limit, relations, least, split)
     _commands().find_syntax(ModelAsked(model, tokenizer, device, dtype), asked, out)
+
+
+@app.command()
+def attribute(
+    model: ask.Model,
+    text: explain.Prompt = None,
+    target: explain.TargetToken = None,
+    against: explain.AgainstToken = None,
+    at: explain.At = -1,
+    method: explain.Method = "attnlrp",
+    top: explain.Top = 15,
+    out: explain.ScoresOut = None,
+    settings: explain.Settings = None,
+    file: explain.PromptFile = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Say which tokens of a text make the model expect the next one.
+
+    Example: attnlens attribute MODEL "Ann met Ben. Ben saw" --target " Ann" --against " Ben"
+    """
+    asked = ScoresAsked(
+        read_prompt(text, file), method, target, against, at, tuple(settings or ()), top, out
+    )
+    job = _commands("attnlens.cli.attribute_job")
+    job.explain(ModelAsked(model, tokenizer, device, dtype), asked)
+
+
+@app.command()
+def flow(
+    model: ask.Model,
+    text: explain.Prompt = None,
+    target: explain.TargetPosition = -1,
+    source: explain.SourcePosition = None,
+    method: explain.FlowBy = explain.FlowMethod.ATTENTION_FLOW,
+    threshold: explain.FlowThreshold = 0.01,
+    top: explain.Top = 15,
+    out: explain.GraphOut = None,
+    file: explain.PromptFile = None,
+    stack: explain.Stack = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Follow attention from one position down to the tokens that it can draw from.
+
+    Example: attnlens flow MODEL "Ann met Ben. Ben saw" --out flow.gexf
+    """
+    asked = PathsAsked(
+        read_prompt(text, file), method.value, target, threshold, top, out, source, stack
+    )
+    _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
+
+
+@app.command()
+def routes(
+    model: ask.Model,
+    text: explain.Prompt = None,
+    target: explain.TargetPosition = -1,
+    threshold: explain.RouteThreshold = 0.04,
+    top: explain.Top = 15,
+    out: explain.GraphOut = None,
+    file: explain.PromptFile = None,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Trace what one position becomes back to the heads, MLPs and tokens that it is made of.
+
+    Example: attnlens routes MODEL "Ann met Ben. Ben saw" --threshold 0.02 --out routes.json
+    """
+    asked = PathsAsked(read_prompt(text, file), "routes", target, threshold, top, out)
+    _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
 
 
 @app.command()

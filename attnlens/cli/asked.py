@@ -118,3 +118,49 @@ class SweepAsked:
     ray: str | None
     workers: int | None
     gpus: float
+
+
+@dataclass(frozen=True)
+class ScoresAsked:
+    """What is explained of one text, and how.
+
+    Attributes:
+        target, against: tokens as they are written, or `id:262`; the likeliest where None.
+        at: the position whose next token is explained.
+        settings: of the method, as `name=value`.
+        top: so many tokens are printed.
+
+    """
+
+    text: str
+    method: str
+    target: str | None
+    against: str | None
+    at: int
+    settings: tuple[str, ...]
+    top: int
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class PathsAsked:
+    """Which paths to one position of a text are traced, and where their graph goes.
+
+    Attributes:
+        method: attention_flow, rollout or routes.
+        target: the position.
+        threshold: weaker edges are left out.
+        top: so many sources are printed.
+        source: the position whose paths the graph holds; the method's own choice where None.
+        stack: the stack of a model that has several.
+
+    """
+
+    text: str
+    method: str
+    target: int
+    threshold: float
+    top: int
+    out: Path | None
+    source: int | None = None
+    stack: str | None = None

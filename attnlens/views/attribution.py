@@ -57,8 +57,12 @@ def title_of(found: Attribution, prompt: int, what: str) -> str:
     """What is shown, by which method, of which target."""
     which = f", prompt {prompt}" if len(found.tokens) > 1 else ""
     value = number_text(float(found.value[prompt]))
-    target = visible(found.target[prompt], 60).replace("\u00b7-\u00b7", " \u2212 ")
-    return f"{what} by {found.method} for {target} (value {value}{which})"
+    return f"{what} by {found.method} for {target_text(found, prompt)} (value {value}{which})"
+
+
+def target_text(found: Attribution, prompt: int) -> str:
+    """What is explained, on one line: `'·Ann' − '·Ben'`."""
+    return visible(found.target[prompt], 60).replace("'\u00b7-\u00b7'", "' \u2212 '")
 
 
 def _tokens(found: Attribution, prompt: int) -> go.Figure:

@@ -49,6 +49,8 @@ def show_graph(
 def draw_graph(graph: nx.MultiDiGraph[str], title: str, most: int = MOST) -> go.Figure:
     """Nodes by layer (upwards) and position (across), edges as wide as their weight is large.
 
+    Of a flow the width is what an edge carries.
+
     The `most` strongest edges are drawn, and the residual edges of the positions that they touch;
     the title says of how many. Colours tell kinds apart; where weights have signs, the sign.
 
@@ -114,11 +116,16 @@ def _kind(data: Mapping[str, Any]) -> str:
     return str(data.get("kind", "edge"))
 
 
+def _size(data: Mapping[str, Any]) -> float:
+    """What the width shows: what flows through an edge where that is told, else its weight."""
+    return float(data.get("flow", data["weight"]))
+
+
 def _strongest(graph: nx.MultiDiGraph[str], most: int) -> list[Edge]:
     """The strongest edges, weakest first, after the residual edges of their positions."""
     every: list[Edge] = list(graph.edges(keys=True, data=True))
     own = [edge for edge in every if _kind(edge[3]) != RESIDUAL]
-    own = sorted(own, key=lambda edge: -abs(edge[3]["weight"]))[:most]
+    own = sorted(own, key=lambda edge: -abs(_size(edge[3])))[:most]
     touched = {graph.nodes[node]["position"] for edge in own for node in edge[:2]}
     beside = [
         edge
@@ -212,8 +219,8 @@ class _Lines:
         """The lines of edges, those of parallel ones bowed apart."""
         largest: dict[str, float] = defaultdict(float)
         for *_, data in edges:
-            largest[_kind(data)] = max(largest[_kind(data)], abs(data["weight"]))
-        own = cls(any(d["weight"] < 0 for *_, d in edges if _kind(d) != RESIDUAL), largest)
+            largest[_kind(data)] = max(largest[_kind(data)], abs(_size(data)))
+        own = cls(any(_size(d) < 0 for *_, d in edges if _kind(d) != RESIDUAL), largest)
         beside: dict[tuple[str, str], int] = defaultdict(int)
         straight = {edge[:2] for edge in edges if _kind(edge[3]) == RESIDUAL}
         for *ends, _, data in edges:
@@ -229,7 +236,7 @@ class _Lines:
 
     def add(self, edge: Edge, start: Point, end: Point, bow: float) -> None:
         """One edge as a line; it bows where others run beside it or nodes stand in its way."""
-        kind, weight = _kind(edge[3]), float(edge[3]["weight"])
+        kind, weight = _kind(edge[3]), _size(edge[3])
         share = abs(weight) / self.largest[kind] if self.largest[kind] else 0.0
         sign = 0 if not self.signed or kind == RESIDUAL else 1 if weight >= 0 else -1
         if start[0] == end[0] and end[1] - start[1] > 1.5 and bow == 0 and kind != RESIDUAL:
