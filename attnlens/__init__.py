@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.attribute import attribute
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.chefer import chefer, relevance_rollout
+    from attnlens.analyses.chefer_lrp import chefer_lrp
     from attnlens.analyses.contrast_decoding import contrast_decode
     from attnlens.analyses.contrastive_heads import ContrastiveHeads
     from attnlens.analyses.edit_effects import try_edits
@@ -145,6 +146,7 @@ _HOMES = {
     "attnlrp": "attnlens.analyses.relevance",
     "attribute": "attnlens.analyses.attribute",
     "chefer": "attnlens.analyses.chefer",
+    "chefer_lrp": "attnlens.analyses.chefer_lrp",
     "contrast_decode": "attnlens.analyses.contrast_decoding",
     "cp_lrp": "attnlens.analyses.relevance",
     "edits_from_json": "attnlens.hooks.edits",
@@ -251,6 +253,7 @@ __all__ = [
     "attnlrp",
     "attribute",
     "chefer",
+    "chefer_lrp",
     "contrast_decode",
     "cp_lrp",
     "edits_from_json",

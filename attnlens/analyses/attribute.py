@@ -20,6 +20,7 @@ _METHODS = {
     "attention_gradient": "attnlens.analyses.attention_gradient.attention_gradient",
     "attention_saliency": "attnlens.analyses.attention_gradient.attention_saliency",
     "chefer": "attnlens.analyses.chefer.chefer",
+    "chefer_lrp": "attnlens.analyses.chefer_lrp.chefer_lrp",
     "rollout": "attnlens.analyses.rollout_attribution.rollout_attribution",
     "attention_flow": "attnlens.analyses.flow_attribution.flow_attribution",
     "gradient_rollout": "attnlens.analyses.gradient_rollout.gradient_rollout",

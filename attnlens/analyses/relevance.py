@@ -99,12 +99,7 @@ class _Asked:
 
 
 def _propagate(lens: Lens, inputs: Inputs, target: TargetSpec, asked: _Asked) -> Attribution:
-    conserved = lens.conservation
-    if asked.strict and not conserved.closes:
-        raise UnsupportedModelError(
-            f"Relevance cannot be trusted in {lens.anatomy.model}: {conserved}. Explain it by "
-            'al.attribute(..., method="input_gradient"), or pass strict=False and read the ledger.'
-        )
+    note = check_conserved(lens, asked.strict)
     batch = lens.encode(inputs)
     explained = settle(lens, batch, target)
     anatomy = lens.anatomy_for(batch)
@@ -118,9 +113,26 @@ def _propagate(lens: Lens, inputs: Inputs, target: TargetSpec, asked: _Asked) ->
         parts += _run(lens, part, own, asked, sites)
         start += part.size
     whole = joined(parts)
-    notes = () if conserved.closes else (f"Not to be trusted: {conserved}.",)
     settings = {"rule": asked.rule.name, "strict": asked.strict}
-    return replace(whole, target=explained.names, settings=settings, notes=(*whole.notes, *notes))
+    return replace(whole, target=explained.names, settings=settings, notes=(*whole.notes, *note))
+
+
+def check_conserved(lens: Lens, strict: bool) -> tuple[str, ...]:
+    """Refuse a model in which relevance is not conserved, or say so in a note.
+
+    Raises:
+        UnsupportedModelError: it is not, and `strict`; the module is named.
+
+    """
+    found = lens.conservation
+    if found.closes:
+        return ()
+    if strict:
+        raise UnsupportedModelError(
+            f"Relevance cannot be trusted in {lens.anatomy.model}: {found}. Explain it by "
+            'al.attribute(..., method="input_gradient"), or pass strict=False and read the ledger.'
+        )
+    return (f"Not to be trusted: {found}.",)
 
 
 def _run(
