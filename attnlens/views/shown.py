@@ -19,6 +19,7 @@ _FAMILIES = {
     "attnlens.anatomy.sites.Anatomy": "attnlens.views.tables",
     "attnlens.hooks.check.Check": "attnlens.views.tables",
     "attnlens.analyses.rollout.Rollout": "attnlens.views.heatmaps",
+    "attnlens.analyses.attention_flow.AttentionFlow": "attnlens.views.flow",
     "attnlens.analyses.routes.Routes": "attnlens.views.routes",
     "attnlens.analyses.profile.Profile": "attnlens.views.grids",
     "attnlens.analyses.sinks.Sinks": "attnlens.views.grids",
@@ -53,6 +54,7 @@ _FAMILIES = {
     "attnlens.analyses.saliency_flows.SaliencyFlows": "attnlens.views.attention_gradient",
     "attnlens.analyses.attribution.Attribution": "attnlens.views.attribution",
     "networkx.classes.multidigraph.MultiDiGraph": "attnlens.views.graph_figure",
+    "attnlens.analyses.faithfulness.Faithfulness": "attnlens.views.faithfulness",
 }
 
 
