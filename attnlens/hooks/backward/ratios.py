@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from attnlens.hooks.backward.asked import Asked, Function, depends
 
@@ -30,9 +31,13 @@ class _Ratio(torch.autograd.Function):
         return gradients[0] * ratio, None, None
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def ratio(function: Function, x: Tensor) -> Tensor:
     """`f(x)` of each number with `f(x) / x` as a constant; a constant where `f(0)` is not 0."""
-    with torch.enable_grad():
+    with torch.enable_grad(), saved_tensors_hooks(_kept, _kept):  # not those of a checkpoint
         zero = torch.zeros(1, dtype=torch.float32, device=x.device, requires_grad=True)
         at_zero = function(zero)
         if not float(at_zero.detach().abs().max()) <= _NEAR_ZERO:
