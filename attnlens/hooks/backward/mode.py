@@ -76,6 +76,8 @@ def _any_depends(values: Iterable[Any]) -> bool:
 
 
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+# No functions of one number; a PReLU, whose slopes are weights, is linear on either side of 0.
+_PLAIN = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.GLU, nn.PReLU)
 
 
 def activations(model: nn.Module, rules: Rules) -> list[Replaced]:
@@ -86,8 +88,7 @@ def activations(model: nn.Module, rules: Rules) -> list[Replaced]:
     return [
         Replaced(module, _as_one(module, rules))
         for module in model.modules()
-        if type(module).__module__ in _ACTIVATIONS
-        and not isinstance(module, (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.GLU))
+        if type(module).__module__ in _ACTIVATIONS and not isinstance(module, _PLAIN)
     ]
 
 
