@@ -21,7 +21,7 @@ class FlowMethod(StrEnum):
 Prompt = Annotated[
     str | None,
     typer.Argument(
-        metavar="[TEXT]",
+        metavar="TEXT",
         help='The text, in quotes; "-" reads it from the input.',
         show_default=False,
     ),

@@ -33,7 +33,7 @@ def relevance_graph(
     signed; its key and `head` name the head, its `sign` is 1 or -1, its kind `attention`. Between
     the nodes of a position that are kept, residual edges go upwards, so that paths can be traced:
     their weight is the score of the stream at their lower end where `streams` are given, else 0.
-    Nodes carry layer, position, token, and their `score` where `streams` are given.
+    Nodes carry layer, position, token, and their `score` where `streams` tell it.
 
     Args:
         maps: scores by site, all of one self-attention stack.
@@ -41,8 +41,8 @@ def relevance_graph(
         prompt: which of the batch.
         top: so many edges are kept, the largest by size; all for None.
         threshold: edges under it by size are left out.
-        streams: scores of the stream that enters each of the maps' layers, and of what leaves the
-            last: `Attribution.layers[prompt]`.
+        streams: scores of the stream that enters each of the maps' layers, and, if known, of what
+            leaves the last: `Attribution.layers[prompt]`.
         positions: where the tokens stand in the padded input; at its beginning if not given.
         attributes: what the graph is to say of itself: model, method, target.
 
@@ -148,7 +148,7 @@ def _add_nodes(
         name = node_name(layer, position)
         graph.add_node(name, layer=layer, position=position, token=tokens[position])
         score = 0.0
-        if streams is not None:
+        if streams is not None and rows[layer] < len(streams):
             score = streams[rows[layer], position].item()
             graph.nodes[name]["score"] = score
         if position in below:
@@ -160,10 +160,11 @@ def _add_nodes(
 def _check_streams(streams: Tensor | None, layers: Mapping[int, Tensor], length: int) -> None:
     if streams is None:
         return
-    if streams.ndim != 2 or streams.shape[0] != len(layers) + 1 or streams.shape[1] < length:
+    rows = (len(layers), len(layers) + 1)
+    if streams.ndim != 2 or streams.shape[0] not in rows or streams.shape[1] < length:
         raise InputError(
-            f"streams have shape {tuple(streams.shape)}; needed is {len(layers) + 1} x {length}: "
-            "one row for what enters each layer, one for what leaves the last."
+            f"streams have shape {tuple(streams.shape)}; needed are {rows[0]} rows of {length}, of "
+            "what enters each layer, and at most one more, of what leaves the last."
         )
     if not bool(streams.isfinite().all()):
         raise InputError("streams hold scores that are not finite.")

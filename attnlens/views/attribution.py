@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from attnlens.analyses.attribution import Attribution, Ledger
 from attnlens.errors import InputError
+from attnlens.graphs import relevance_graph
 from attnlens.views.graph_figure import draw_graph
 from attnlens.views.heatmaps import check_prompt
 from attnlens.views.panels import Quantity, domains, head_grids, number_text
@@ -39,7 +41,8 @@ def show_attribution(found: Attribution, prompt: int = 0, of: Of = "tokens") -> 
     """Scores of one prompt: the text in their colours, as bars, and where the value went.
 
     `of="heads"` shows the scores of heads, `of="layers"` those of the stream at each layer,
-    `of="graph"` the graph that the method traced. Raises InputError for what there is none of.
+    `of="graph"` the graph that the method traced, or that of the edges that it scored (`maps`).
+    Raises InputError for what there is none of.
     """
     check_prompt(prompt, len(found.tokens))
     if of not in get_args(Of):
@@ -49,7 +52,7 @@ def show_attribution(found: Attribution, prompt: int = 0, of: Of = "tokens") -> 
     if of == "layers":
         return _layers(found, prompt)
     if of == "graph":
-        return draw_graph(found.graph(prompt), title_of(found, prompt, "Graph"))
+        return draw_graph(_graph(found, prompt), title_of(found, prompt, "Graph"))
     return _tokens(found, prompt)
 
 
@@ -230,6 +233,15 @@ def _add_ledger(figure: go.Figure, ledger: Ledger, prompt: int, row: int) -> Non
         zerolinecolor=REST, ticks="", row=row, col=1,
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", row=row, col=1)
+
+
+def _graph(found: Attribution, prompt: int) -> nx.MultiDiGraph[str]:
+    if found.make_graph is not None or found.maps is None:
+        return found.graph(prompt)
+    rows = [n for n, name in enumerate(found.layer_names) if name in {*found.maps, "final"}]
+    known = found.layers is not None and set(found.maps) <= set(found.layer_names)
+    streams = found.layers[prompt, rows] if found.layers is not None and known else None
+    return relevance_graph(found.maps, found.tokens[prompt], prompt, streams=streams)
 
 
 def _heads(found: Attribution, prompt: int) -> go.Figure:

@@ -63,7 +63,7 @@ def draw_graph(graph: nx.MultiDiGraph[str], title: str, most: int = MOST) -> go.
     edges = _strongest(graph, most)
     place = _Place.of(graph, edges)
     lines = _Lines.of(edges, place)
-    figure = go.Figure([*lines.traces(), lines.hover(graph), _nodes(graph, place)])
+    figure = go.Figure([*lines.traces(), lines.hover(graph), *_nodes(graph, place)])
     drawn = _drawn_text(graph, edges)
     levels = len(place.levels)
     styled(figure, title, int(np.clip(64 * levels + 190, 330, 1100)))
@@ -314,31 +314,32 @@ def _curve(start: Point, end: Point, bow: float) -> tuple[list[float], list[floa
     return xs.tolist(), (y0 + (y1 - y0) * at).tolist()
 
 
-def _nodes(graph: nx.MultiDiGraph[str], place: _Place) -> go.Scatter:
-    """Nodes as points; where they have scores, in the colour of their score."""
-    scores = [graph.nodes[node].get("score") for node in place.points]
-    marker: dict[str, Any] = {
-        "size": 8,
-        "color": "#3b4246",
-        "line": {"width": 1, "color": "#fdfdfb"},
-    }
-    if all(isinstance(score, int | float) for score in scores):
-        top = max([1e-12, *(abs(float(score or 0)) for score in scores)])
-        marker |= {
-            "size": 11, "color": scores, "colorscale": DIVERGING, "cmin": -top, "cmax": top,
-            "line": {"width": 1, "color": "#7a8488"},
-            "colorbar": {"title": {"text": "score of a node", "side": "right"}, "thickness": 12,
-                         "outlinewidth": 0},
-        }  # fmt: skip
-    return go.Scatter(
-        x=[x for x, _ in place.points.values()],
-        y=[y for _, y in place.points.values()],
-        mode="markers",
-        marker=marker,
-        customdata=[_node_text(graph, node) for node in place.points],
-        hovertemplate="%{customdata}<extra></extra>",
-        showlegend=False,
-    )
+def _nodes(graph: nx.MultiDiGraph[str], place: _Place) -> list[go.Scatter]:
+    """Nodes as points; those that have scores in the colour of their score."""
+    scored = [node for node in place.points if "score" in graph.nodes[node]]
+    plain = [node for node in place.points if "score" not in graph.nodes[node]]
+    dark = {"size": 8, "color": "#3b4246", "line": {"width": 1, "color": "#fdfdfb"}}
+    scores = [float(graph.nodes[node]["score"]) for node in scored]
+    top = max(map(abs, scores), default=0.0) or 1.0
+    tinted = {
+        "size": 11, "color": scores, "colorscale": DIVERGING, "cmin": -top, "cmax": top,
+        "line": {"width": 1, "color": "#7a8488"},
+        "colorbar": {"title": {"text": "score of a node", "side": "right"}, "thickness": 12,
+                     "outlinewidth": 0},
+    }  # fmt: skip
+    return [
+        go.Scatter(
+            x=[place.points[node][0] for node in nodes],
+            y=[place.points[node][1] for node in nodes],
+            mode="markers",
+            marker=marker,
+            customdata=[_node_text(graph, node) for node in nodes],
+            hovertemplate="%{customdata}<extra></extra>",
+            showlegend=False,
+        )
+        for nodes, marker in ((plain, dark), (scored, tinted))
+        if nodes
+    ]
 
 
 def _named(graph: nx.MultiDiGraph[str], node: str) -> str:

@@ -56,6 +56,16 @@ def test_edges_say_head_and_sign_and_residual_edges_join_what_is_kept() -> None:
     assert graph.graph == {"model": "m", "layers": [0, 1], "threshold": 0.0, "top": 2}
 
 
+def test_what_leaves_the_last_layer_may_have_no_score() -> None:
+    graph = relevance_graph({"L0": torch.ones(1, 1, 2, 2)}, "ab", streams=torch.ones(1, 2))
+    assert graph.nodes["L0P1"]["score"] == 1.0
+    assert "score" not in graph.nodes["L1P1"]
+    assert edges(graph, "residual") == {
+        ("L0P0", "L1P0", "residual"): 1.0,
+        ("L0P1", "L1P1", "residual"): 1.0,
+    }
+
+
 @given(st.integers(0, 99), st.none() | st.integers(1, 30), st.floats(0, 2))
 def test_the_largest_by_size_are_kept(seed: int, top: int | None, threshold: float) -> None:
     maps = random_maps(2, 2, 4, seed)
@@ -116,7 +126,8 @@ MAP = torch.ones(1, 1, 2, 2)
         ({"positions": [0]}, "1 positions are given for 2 tokens"),
         ({"top": 0}, "top=0"),
         ({"threshold": -1.0}, "threshold=-1"),
-        ({"streams": torch.ones(1, 2)}, "needed is 2 x 2"),
+        ({"streams": torch.ones(3, 2)}, "needed are 1 rows of 2"),
+        ({"streams": torch.ones(1, 1)}, "needed are 1 rows of 2"),
         ({"streams": torch.full((2, 2), torch.inf)}, "streams hold scores that are not finite"),
     ],
 )

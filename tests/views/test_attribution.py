@@ -100,6 +100,16 @@ def test_heads_layers_and_the_graph_have_figures_of_their_own() -> None:
     assert graph.layout.title.text.startswith("Graph by attnlrp for")
 
 
+def test_scored_edges_are_a_graph() -> None:
+    scores = torch.zeros(2, 1, 5, 5)
+    scores[0, 0, 3, 1] = -2.0
+    made = attribution(make_graph=None, maps={"L1": scores})
+    figure = show(made, of="graph")
+    assert any(trace.name == "attention, negative" for trace in figure.data)
+    assert list(figure.data[-1].marker.color) == [3.0, 10.0]  # L1P1 and what leaves L1 at 3
+    show(attribution(make_graph=None, maps={"L1": scores}, layers=None), of="graph")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
