@@ -13,6 +13,7 @@ from attnlens import __version__
 from attnlens.cli import explaining as explain
 from attnlens.cli import options as ask
 from attnlens.cli.asked import (
+    JudgedAsked,
     ModelAsked,
     NeedleAsked,
     PathsAsked,
@@ -311,6 +312,37 @@ def routes(
     """
     asked = PathsAsked(read_prompt(text, file), "routes", target, threshold, top, out)
     _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
+
+
+@app.command()
+def faithfulness(
+    model: ask.Model,
+    out: ask.Out,
+    task: ask.SweepTaskAsked = ask.SweepTask.REPEAT,
+    methods: ask.Methods = None,
+    replacement: ask.ErasedBy = ask.Erased.PADDING,
+    token: ask.Neutral = None,
+    special: ask.Special = False,
+    prompts: ask.SweepPrompts = 16,
+    seed: ask.JudgeSeed = 0,
+    batch_size: ask.MethodBatch = 8,
+    tokenizer: ask.Tokenizer = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+) -> None:
+    """Say which attribution method to believe: erase tokens and see whose scores foretold it.
+
+    Every method scores the tokens of each prompt for the right answer against the wrong one. The
+    scores are held against leave-one-out and the gradient, tokens are deleted in their order, and
+    all of it stands beside random scores.
+
+    Example: attnlens faithfulness MODEL --task ioi --methods attnlrp,rollout --out judged
+    """
+    asked = JudgedAsked(
+        task.value, methods, replacement.value, token, special, prompts, seed, batch_size
+    )
+    job = _commands("attnlens.cli.faithfulness_job")
+    job.judge(ModelAsked(model, tokenizer, device, dtype), asked, out)
 
 
 @app.command()

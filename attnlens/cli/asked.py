@@ -164,3 +164,23 @@ class PathsAsked:
     out: Path | None
     source: int | None = None
     stack: str | None = None
+
+
+@dataclass(frozen=True)
+class JudgedAsked:
+    """Which methods are judged, on what, and what stands in for an erased token.
+
+    Attributes:
+        methods: names separated by commas; all where None.
+        token: of the replacement "neutral", as it is written, or `id:262`.
+
+    """
+
+    task: str
+    methods: str | None
+    replacement: str
+    token: str | None
+    special: bool
+    prompts: int
+    seed: int
+    batch_size: int

@@ -59,6 +59,14 @@ class MetricName(StrEnum):
     ACCURACY = "accuracy"
 
 
+class Erased(StrEnum):
+    """What stands in for an erased token; the names of `replacement.Kind`."""
+
+    PADDING = "padding"
+    MEAN = "mean"
+    NEUTRAL = "neutral"
+
+
 class Rule(StrEnum):
     """Which keys are calibration sinks."""
 
@@ -311,4 +319,39 @@ Gpus = Annotated[
     typer.Option(
         min=0, help="Share of a GPU that each worker takes.", metavar="X", rich_help_panel=SWEEP
     ),
+]
+
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Methods to judge, by name: attnlrp,input_gradient,rollout. All where not given; an "
+        "unknown name lists them. Random scores are always judged too.",
+        metavar="NAMES",
+    ),
+]
+ErasedBy = Annotated[
+    Erased,
+    typer.Option(
+        "--replacement",
+        help="What stands in for an erased token: nothing, it is hidden by the attention mask "
+        "(padding); the mean token embedding (mean); a token that says little (neutral).",
+    ),
+]
+Neutral = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        help="The token of --replacement neutral: a text, or an id: id:7. The tokenizer's mask or "
+        "unknown token, or a space, where not given.",
+        metavar="TOKEN",
+    ),
+]
+Special = Annotated[
+    bool, typer.Option("--special", help="Erase special tokens (start, separator) too.")
+]
+JudgeSeed = Annotated[
+    int, typer.Option(help="Of prompts, random scores, equal scores and intervals.")
+]
+MethodBatch = Annotated[
+    int, typer.Option(min=1, help="Prompts that a method scores at a time.", metavar="N")
 ]
