@@ -129,26 +129,32 @@ def routes(
     inputs: Inputs,
     target: int | Sequence[int] | Target = -1,
     threshold: float = THRESHOLD,
+    stack: str | None = None,
 ) -> Routes:
     """The routes by which information comes to a position (Ferrando and Voita 2024).
 
     `target` is a position of each prompt's tokens (-1 the last; one for all or one each), or a
     `Target`, of which the position alone matters. An edge is kept if its importance is at least
-    `threshold`, or if no other part of its sum but the bias is stronger.
+    `threshold`, or if no other part of its sum but the bias is stronger. `stack` is needed where a
+    model has several ("text", "vision").
 
     Raises:
-        InputError: a position or threshold out of range.
+        InputError: a position or threshold out of range; no such stack.
         UnsupportedModelError: a model with several stacks, without an output projection that is fed
             the heads, or whose stream is no sum of stream, attention and MLP.
 
     """
     batch = lens.encode(inputs)
-    _, traced, sites = _run(lens, batch, target, threshold)
+    _, traced, sites = _run(lens, batch, target, threshold, stack)
     return _result(lens, batch, traced, sites, threshold)
 
 
 def route_scores(
-    lens: Lens, inputs: Inputs, target: TargetSpec = None, threshold: float = THRESHOLD
+    lens: Lens,
+    inputs: Inputs,
+    target: TargetSpec = None,
+    threshold: float = THRESHOLD,
+    stack: str | None = None,
 ) -> Attribution:
     """Input tokens by the importance that arrives at them on routes to the target's position.
 
@@ -159,7 +165,7 @@ def route_scores(
     batch = lens.encode(inputs)
     explained = settle(lens, batch, target)
     at = target.at if isinstance(target, Target) else -1
-    output, traced, sites = _run(lens, batch, at, threshold, explained)
+    output, traced, sites = _run(lens, batch, at, threshold, stack, explained)
     found = _result(lens, batch, traced, sites, threshold)
     scores = found.arriving[:, 0]
     lost = found.lost
@@ -172,7 +178,7 @@ def route_scores(
         scores=scores,
         target=explained.names,
         value=explained.metric(output).detach(),
-        settings={"threshold": threshold, "at": found.target},
+        settings={"threshold": threshold, "stack": stack, "at": found.target},
         layers=found.arriving,
         layer_names=(*found.layers, "final"),
         heads=found.heads,
@@ -192,13 +198,14 @@ def _run(
     batch: Batch,
     target: int | Sequence[int] | Target,
     threshold: float,
+    stack: str | None,
     explained: Explained | None = None,
 ) -> tuple[Any, Traced, tuple[Site, ...]]:
     """The model's output, and the routes in padded positions."""
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold={threshold}; importances lie between 0 and 1.")
     anatomy = lens.anatomy_for(batch)
-    sites = _sites(anatomy)
+    sites = _sites(anatomy, stack)
     for site in sites:
         output_weight(lens.model, site)
     watched = Sublayers(anatomy, sites, lens.mlps)
@@ -214,15 +221,19 @@ def _run(
     return output, trace_routes(lens.model, runs, places, threshold), sites
 
 
-def _sites(anatomy: Anatomy) -> tuple[Site, ...]:
-    """The sites of the one stack whose routes can be traced."""
+def _sites(anatomy: Anatomy, stack: str | None) -> tuple[Site, ...]:
+    """The sites of the stack whose routes are traced."""
     if any(site.kind == "cross" for site in anatomy.sites):
         raise UnsupportedModelError(
             f"{anatomy.model} reads another stream by cross-attention, and routes are traced in "
-            'one. Attention flow and gradients take both: al.attribute(..., method="chefer").'
+            'one. Other methods take both: al.attribute(..., method="chefer").'
         )
     stacks = anatomy.stacks
-    stack = "" if "" in stacks else stacks[-1]
+    if stack is None and (len(stacks) == 1 or "" in stacks):
+        stack = stacks[0] if len(stacks) == 1 else ""
+    if stack not in stacks:
+        names = " or ".join(f'stack="{name}"' for name in stacks)
+        raise InputError(f"Say which stack of {anatomy.model} to trace routes in: {names}.")
     return tuple(site for site in anatomy.sites if site.stack == stack)
 
 

@@ -332,6 +332,16 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], now) for name, now in lens.model.state_dict().items())
 
 
+def test_patches_of_an_image_are_positions_without_texts() -> None:
+    model = ARCHITECTURES["clip"].build()
+    inputs = ARCHITECTURES["clip"].inputs(model)
+    found = routes(al.load(model, example=inputs), inputs, target=0, stack="vision")
+    assert found.tokens[0] == tuple(map(str, range(len(found.tokens[0]))))
+    assert all(name.startswith("vision.") for name in found.layers)
+    total = found.arriving[:, 0].sum(-1) + found.lost
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
 def test_what_cannot_be_traced_is_refused() -> None:
     ids = torch.tensor([[3, 17, 8]])
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
@@ -342,6 +352,8 @@ def test_what_cannot_be_traced_is_refused() -> None:
         routes(al.load(ARCHITECTURES["jamba"].build()), ids)
     with pytest.raises(UnsupportedModelError, match="do not sum to the stream"):
         routes(architecture("granite_swa"), ids)  # a sink that scales the output
+    with pytest.raises(InputError, match='stack=""'):
+        routes(_lens(), ids, stack="vision")
     with pytest.raises(InputError, match="threshold=2"):
         routes(_lens(), ids, threshold=2)
     with pytest.raises(InputError, match="names 2 positions for 1 prompts"):
