@@ -135,7 +135,7 @@ def logit_flow(lens: Lens, inputs: Inputs, target: TargetSpec = None) -> LogitFl
         heads=shares[:, heads],
         head_names=tuple(head for part in parts if (head := part.head) is not None),
         ledger=Ledger(value, entries),
-        notes=(*notes, *_notes(parts, before)),
+        notes=(*notes, *_notes(parts, before), *_carried(parts, shares, scores)),
         parts=parts,
         shares=shares,
     )
@@ -177,6 +177,23 @@ def _notes(parts: Sequence[Part], before: str | None) -> tuple[str, ...]:
             "the embeddings."
         )
     return tuple(notes)
+
+
+def _carried(
+    parts: Sequence[Part],
+    shares: Float[Tensor, "batch part"],
+    scores: Float[Tensor, "batch position"],
+) -> tuple[str, ...]:
+    """What to say where heads write more or less than they carry from tokens."""
+    own = torch.tensor([part.kind in ("head", "embeddings") for part in parts])
+    gap = (shares[:, own].sum(-1) - scores.double().sum(-1)).abs()
+    if not bool((gap > _closes(torch.bfloat16) * shares.abs().amax(-1)).any()):
+        return ()
+    note = (
+        "What heads write is not what their rows carry from tokens (an edit of z, a sink that "
+        "scales z after the softmax): the ledger's remainder is the difference."
+    )
+    return (note,)
 
 
 Reached = Sequence[tuple[Written, Tensor]]

@@ -143,7 +143,8 @@ class Direct(Observer):
         self.rounded |= rule.misfit > 1e-10
         linear = rule.of(given).to(output.dtype)
         # The numbers are the model's own; only the way back is another.
-        return output.detach() + (linear - linear.detach()), rule.bias.to(output)
+        bias = rule.bias.to(output) if bool(rule.bias.any()) else None
+        return output.detach() + (linear - linear.detach()), bias
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,10 @@ def test_a_head_that_is_zeroed_has_no_share(random_lens: Lens, ids: Tensor) -> N
     assert frame["L1H2"] == 0
     assert (frame.drop("L1H2") != 0).all()
     assert missing(found) < 1e-12
+    # Its row still says what it would have carried.
+    assert found.ledger is not None
+    assert (found.ledger.remainder != 0).all()
+    assert "an edit of z" in found.notes[0]
 
 
 def test_any_linear_function_of_the_output(random_lens: Lens, ids: Tensor) -> None:
