@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.stored import stored_ablation
     from attnlens.analyses.syntax import SyntaxSettings, syntax_heads
     from attnlens.analyses.target import Target
+    from attnlens.analyses.value_norms import value_norms
     from attnlens.analyses.vision import visual_sinks
     from attnlens.analyses.vision_heads import vision_aware_heads
     from attnlens.graphs.export import export_graph, load_graph
@@ -196,6 +197,7 @@ _HOMES = {
     "stored_ablation": "attnlens.analyses.stored",
     "syntax_heads": "attnlens.analyses.syntax",
     "try_edits": "attnlens.analyses.edit_effects",
+    "value_norms": "attnlens.analyses.value_norms",
     "vision_aware_heads": "attnlens.analyses.vision_heads",
     "visual_sinks": "attnlens.analyses.vision",
 }
@@ -306,6 +308,7 @@ __all__ = [
     "syntax_heads",
     "tasks",
     "try_edits",
+    "value_norms",
     "views",
     "vision_aware_heads",
     "visual_sinks",
