@@ -25,6 +25,7 @@ _METHODS = {
     "attention_flow": "attnlens.analyses.flow_attribution.flow_attribution",
     "gradient_rollout": "attnlens.analyses.gradient_rollout.gradient_rollout",
     "routes": "attnlens.analyses.routes.route_scores",
+    "value_norms": "attnlens.analyses.value_norms.value_norms",
     "logit_flow": "attnlens.analyses.logit_flow.logit_flow",
     "leave_one_out": "attnlens.analyses.erasure.leave_one_out",
     "random": "attnlens.analyses.erasure.random_attribution",
