@@ -11,6 +11,7 @@ __all__ = [
     "RESIDUAL",
     "attention_graph",
     "export_graph",
+    "flow_graph",
     "load_graph",
     "node_name",
     "prune_graph",
