@@ -117,7 +117,7 @@ def _products(
         settings=chosen_settings(layers, heads),
         layers=by_layer,
         layer_names=tuple(found),
-        heads=torch.cat([own.heads for own in found.values()], dim=1),
+        heads=torch.cat([own.heads for own in found.values()], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({name: own.maps for name, own in found.items()}),
         notes=notes,
@@ -176,11 +176,12 @@ def over_sides(
     sides = [side for side in scores if side != OUTSIDE] or list(scores)
     if TEXT not in sides and DECODER not in sides:  # positions of a tower are no tokens
         batch = replace(batch, sides=Sides(Tokens()))
-        return *over_tokens(lens, batch, scores[sides[0]]), ()
+        words, placed = over_tokens(lens, batch, scores[sides[0]])
+        return words, placed.cpu(), ()
     decoder = scores.get(DECODER)
     text = scores[TEXT] if TEXT in scores else scores[DECODER][:, :, :0]
     words, placed = over_tokens(lens, batch, text, decoder)
     if OUTSIDE not in scores:
-        return words, placed, ()
+        return words, placed.cpu(), ()
     note = "Cross-attention reads what lies outside the text (an image): that has no score here."
-    return words, placed, (note,)
+    return words, placed.cpu(), (note,)

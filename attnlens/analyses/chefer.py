@@ -101,7 +101,7 @@ def chefer(
         settings=chosen_settings(layers, heads, row=row),
         layers=scores if names else None,
         layer_names=names,
-        heads=torch.cat([own.heads for own in sums], dim=1),
+        heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
         notes=notes,

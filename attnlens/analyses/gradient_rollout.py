@@ -87,7 +87,7 @@ def gradient_rollout(
         settings=chosen_settings(layers, heads, row=row),
         layers=spread,
         layer_names=(*(edges.site.name for edges in sites), FINAL),
-        heads=torch.cat([own.heads for own in sums], dim=1),
+        heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
         notes=notes,

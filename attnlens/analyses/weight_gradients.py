@@ -136,7 +136,7 @@ def weight_gradients(
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
 ) -> tuple[Float[Tensor, " batch"], tuple[Edges, ...]]:
-    """The explained value and the edges of each chosen site, in the order in which they run.
+    """The explained value, float64, and the edges of each chosen site, in the order they run.
 
     One forward and one backward. Where no layers are named, towers that read images or sound for a
     model of text are left out, since their keys are no tokens.
@@ -162,7 +162,7 @@ def weight_gradients(
     if lens.edited:
         for own in edges:
             _check_whole(own, found[own.site.name].z)
-    return values[0].detach(), edges
+    return values[0].detach().double().cpu(), edges
 
 
 def chosen_heads(

@@ -152,6 +152,21 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
             assert torch.allclose(both.heads[1], one.heads[0], atol=tolerance(name), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_rows_of_padding_count_for_nothing(name: str) -> None:
+    lens = opened(name)
+    inputs = padded(lens, name, "right")
+
+    def everywhere(output: Any) -> Tensor:
+        return output.logits[:, :, 5].sum(1)  # at padding, too
+
+    found = attention_gradient(lens, inputs, everywhere, maps=True)
+    assert found.maps is not None
+    for edges in found.maps.values():
+        assert (edges[1, :, 10:] == 0).all()
+        assert (edges[1, :, :10, :10] != 0).any()
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_blocks_of_one_row(name: str, request: pytest.FixtureRequest) -> None:
     lens = opened(name)
