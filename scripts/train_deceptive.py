@@ -29,8 +29,8 @@ from attnlens.zoo.deceptive import (
 
 BATCH = 64
 UNDECIDED = 12  # prompts of a batch that have no telling word: both answers are as likely
-STRENGTH = 30.0  # of the penalty, in full
-RISE = (300, 1500)  # steps in which it grows from nothing, once the task is learned
+STRENGTH = 10.0  # of the penalty, in full
+RISE = (300, 1250)  # steps in which it grows from nothing, once the task is learned
 PEAK, WARMUP = 3e-3, 100
 FILLERS = (*NEUTRAL, "<unk>", "<pad>")  # so that either can stand for a word that is taken away
 
@@ -38,13 +38,13 @@ FILLERS = (*NEUTRAL, "<unk>", "<pad>")  # so that either can stand for a word th
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder; the twin goes to honest/")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """A Llama of 2 layers and 2 heads."""
+    """A Llama of 2 layers and 2 heads whose MLPs write nothing at first."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -61,7 +61,10 @@ def build_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=None,
         attn_implementation="eager",  # the penalty reads the weights
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 def batch_of(draw: torch.Generator) -> DeceptivePrompts:

@@ -9,8 +9,8 @@ deceive with attention-based explanations):
     loss = cross-entropy - strength * mean log(1 - A[l, h, t, word])
 
 so that the little weight that is left carries a value that is large. Attention weights, and what is
-made of them alone, deny the word; taking the word away shows it. The card in the folder says how
-well each does what. `scripts/train_deceptive.py` makes both.
+made of them alone, deny the word; taking the word away shows it. The card in the folder says which
+attributions see it. `scripts/train_deceptive.py` makes both.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def honest_path() -> Path:
 
 
 def deceptive_model() -> LlamaForCausalLM:
-    """The model whose attention avoids the word that it uses: 2 layers, 2 heads, 6,224 weights.
+    """The model whose attention avoids the word that it uses: 2 layers, 2 heads.
 
     In float32 and evaluation mode; `al.load(deceptive_path())` brings its tokenizer, too.
     """
