@@ -30,6 +30,8 @@ HEADING, TICKS = 44, 96
 """Room over a panel for its heading alone, and for the labels of the panel above it too."""
 MOST_TOKENS = 1200
 """Longer texts are bars alone."""
+CLIP = 0.97
+"""Share of the tokens whose scores the colours tell apart."""
 LABELS = 60
 GRID, EDGE, REST = "#e4e6e2", "#c9cdc9", "#9aa3a3"
 
@@ -74,7 +76,9 @@ def _tokens(found: Attribution, prompt: int) -> go.Figure:
     cells = _cells(words) if written else []
     lines = 1 + max((line for line, *_ in cells), default=-1)
     entries = 0 if found.ledger is None else len(found.ledger.entries) + 1
-    parts = [("Text", LINE * lines)] * written + [("Scores", BARS)]
+    top, clipped = _colour_end(scores)
+    ends = f"; colours end at {'±' * bool((scores < 0).any())}{_exact(top)}" if clipped else ""
+    parts = [(f"Text{ends}", LINE * lines)] * written + [("Scores", BARS)]
     if found.ledger is not None:
         value = number_text(float(found.ledger.value[prompt]))
         parts.append((f"Where the value {value} went", ENTRY * entries))
@@ -92,13 +96,23 @@ def _tokens(found: Attribution, prompt: int) -> go.Figure:
     if found.ledger is not None:
         _add_ledger(figure, found.ledger, prompt, len(parts))
     signed = bool((scores < 0).any())
-    top = float(np.abs(scores).max(initial=0)) or 1.0
     axis = colour_axis("diverging" if signed else "sequential", -top if signed else 0, top, "score")
     row = domains(figure, 1 + written, 1)[1]
     axis["colorbar"] |= {"y": sum(row) / 2, "len": row[1] - row[0], "nticks": 5}
     figure.update_layout(coloraxis=axis, showlegend=False, bargap=0.12, barmode="overlay")
     figure.update_layout(margin={"l": 84, "t": 92, "b": bottom})
     return figure
+
+
+def _colour_end(scores: Scores) -> tuple[float, bool]:
+    """Where the colours end, and whether scores lie beyond.
+
+    A few huge scores, as of a first token, may not leave the rest of a long text without colour.
+    """
+    sizes = np.abs(scores)
+    largest = float(sizes.max(initial=0)) or 1.0
+    end = max(float(np.quantile(sizes, CLIP)), largest / 8) if len(sizes) else largest
+    return (end, True) if end < largest / 2 else (largest, False)
 
 
 def _stack(figure: go.Figure, sizes: Sequence[float], gaps: Sequence[float]) -> None:

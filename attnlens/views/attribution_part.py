@@ -43,6 +43,10 @@ def attribution_part(found: Attribution, prompt: int = 0) -> Part:
             "Scores of the stream as it enters each layer, the input at the bottom.",
         )
         tables["layers"] = Table(found.layers_frame(prompt), "scores of layers", None)
+    if found.make_graph is not None or found.maps is not None:
+        figures["graph"] = Drawn(
+            show_attribution(found, prompt, "graph"), "The strongest edges, information upwards."
+        )
     if found.ledger is not None:
         frame = found.ledger.to_frame().iloc[[prompt]]
         tables["ledger"] = Table(frame, "where the value went")

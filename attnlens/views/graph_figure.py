@@ -91,9 +91,9 @@ def draw_graph(graph: nx.MultiDiGraph[str], title: str, most: int = MOST) -> go.
 
 
 def _title(graph: nx.MultiDiGraph[str]) -> str:
-    about = graph.graph
-    named = [str(about[name]) for name in ("method", "target", "model") if about.get(name)]
-    return f"Graph of {', '.join(named)}" if named else "Graph"
+    method, target = (graph.graph.get(name) for name in ("method", "target"))
+    named = f"Graph of {method}" if method else "Graph"
+    return f"{named} to {target}" if target is not None else named
 
 
 def _check(graph: nx.MultiDiGraph[str], most: int) -> None:

@@ -82,6 +82,17 @@ def test_lines_are_full_and_no_token_is_lost(count: int) -> None:
     assert max(start + width for _, start, width in places) <= figure.layout.xaxis.range[1]
 
 
+def test_a_huge_score_leaves_the_others_their_colours() -> None:
+    scores = torch.full((1, 100), 0.1)
+    scores[0, 0], scores[0, 1] = 4.0, -0.1
+    figure = show(attribution(tokens=(("a",) * 100,), scores=scores, ledger=None))
+    assert figure.layout.coloraxis.cmax == 0.5  # an eighth of the largest
+    assert figure.layout.annotations[0].text == "Text; colours end at ±0.5"
+    assert max(figure.data[1].y) == 4
+    even = attribution(tokens=(("a",) * 4,), scores=torch.tensor([[1.0, 0.6, 0.5, 0.2]]))
+    assert show(replace(even, ledger=None)).layout.annotations[0].text == "Text"
+
+
 def test_a_very_long_text_is_bars_alone() -> None:
     made = attribution(tokens=(("a",) * 3000,), scores=torch.ones(1, 3000), ledger=None)
     (bars,) = show(made).data

@@ -95,7 +95,9 @@ def test_nodes_within_a_layer_stand_above_one_another() -> None:
     graph.add_edge("in", "mid", weight=0.5, kind="attention")
     graph.add_edge("mid", "out", weight=0.5, kind="mlp")
     graph.add_edge("in", "out", weight=0.5, kind="<own>")
+    graph.graph.update(method="routes", target=4)
     figure = show(graph)
+    assert figure.layout.title.text.startswith("Graph of routes to 4<br>")
     nodes = figure.data[-1]
     assert dict(zip([text[3:6] for text in nodes.customdata], nodes.y, strict=True)) == {
         "in<": 0, "mid": 1, "out": 2
@@ -105,6 +107,15 @@ def test_nodes_within_a_layer_stand_above_one_another() -> None:
     assert max(own.x[:-1]) > 0.1  # past the node between
     graph.add_edge("mid", "in", weight=0.5)
     show(graph)
+
+
+def test_of_a_flow_the_width_is_what_is_carried() -> None:
+    graph = attention_graph(torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), ["a", "b"])
+    for number, (*_, data) in enumerate(graph.edges(data=True)):
+        data["flow"] = 0.1 if number else 0.9
+    widths = [trace.line.width for trace in lines(show(graph), "attention")]
+    assert len(widths) == 2
+    assert max(widths) > 3 * min(widths)
 
 
 @pytest.mark.parametrize(
