@@ -127,14 +127,20 @@ class _Balance(Observer):
         on_gradient(own, self._count(name, own, -1.0))
         return own
 
-    def _leave(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+    def _leave(self, name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
             self._tally.modules.pop()
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    on_gradient(tensor, self._count(name, tensor, 1.0))
+            return mapped(output, lambda x: self._handed(name, x))
 
         return hook
+
+    def _handed(self, name: str, tensor: Tensor) -> Tensor:
+        """An output for those outside alone: the module may use what it returns itself."""
+        if not tensor.requires_grad:
+            return tensor
+        handed = alias(tensor)
+        on_gradient(handed, self._count(name, handed, 1.0))
+        return handed
 
     def _count(self, name: str, tensor: Tensor, sign: float) -> Callable[[Tensor], None]:
         values = tensor.detach()

@@ -24,5 +24,6 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {name: mapped(part, change) for name, part in value.items()}
         return type(value)(**changed) if isinstance(value, ModelOutput) else changed
     if isinstance(value, (list, tuple)):
-        return type(value)([mapped(part, change) for part in value])
+        parts = [mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

@@ -42,7 +42,9 @@ def numbers(seed: int, rows: int = 4) -> Tensor:
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: F.linear(x, SQUARE, CONSTANT),
     "addmm": lambda x: torch.addmm(CONSTANT, x, SQUARE, beta=3, alpha=2),
-    "baddbmm": lambda x: torch.baddbmm(SQUARE[:1, :1], x[None], x.mT[None] @ x, beta=2, alpha=0.1),
+    "baddbmm": lambda x: torch.baddbmm(
+        SQUARE[:1, :1], x[None], (x.mT @ x)[None], beta=2, alpha=0.1
+    )[0],
     "convolution": lambda x: F.conv1d(x[:, None], SQUARE[:2, None, :3], CONSTANT[:2]).flatten(1)[
         :, :WIDTH
     ],
