@@ -40,6 +40,11 @@ from attnlens.errors import InputError
 from attnlens.hooks.residual import FINAL
 from attnlens.lens import Batch, Inputs, Lens
 
+OWN_ROW = (
+    "The explained row starts with a relevance of 1 for its own token: compare the others with one "
+    "another."
+)
+
 Relevance = Mapping[tuple[str, str], Float[Tensor, "*batch row column"]]
 """R of pairs of sides: `R[s, q][i, j]` is how relevant position j of q is for position i of s. A
 pair that is not there is 0, or I for a side with itself."""
@@ -104,7 +109,7 @@ def chefer(
         heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
-        notes=notes,
+        notes=(*notes, OWN_ROW),
     )
 
 

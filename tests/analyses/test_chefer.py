@@ -157,6 +157,7 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
 def test_the_attended_source_gets_the_relevance(induction_lens: Lens) -> None:
     ids = [0, 5, 9, 3, 7, 5, 9, 3]
     found = attribute(induction_lens, ids, 7, method="chefer")
+    assert "its own token" in found.notes[0]
     without_the_row = found.of(0)[:-1]
     assert int(without_the_row.argmax()) == 4
     assert without_the_row[4] > 10 * without_the_row[[0, 1, 2, 3, 5, 6]].sum()
