@@ -43,8 +43,8 @@ def prune_graph(
         raise InputError(f"top={top}; at least one edge enters each node.")
     if not nx.is_directed_acyclic_graph(graph):
         raise InputError("The graph has cycles; paths are traced in graphs without.")
-    between = _between(graph, starts, ends)
-    kept = _trace(graph.subgraph(between), starts, ends, threshold, top)
+    reached_up = _from_starts(graph, starts, ends)
+    kept = _trace(graph.subgraph(reached_up), starts, ends, threshold, top)
     pruned: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     pruned.graph.update(graph.graph)
     pruned.graph["pruned"] = {
@@ -72,13 +72,13 @@ def _nodes(graph: nx.MultiDiGraph[str], given: str | Iterable[str], role: str) -
     return names
 
 
-def _between(graph: nx.MultiDiGraph[str], starts: list[str], ends: list[str]) -> set[str]:
-    """Nodes on some path from a start to an end, both included."""
+def _from_starts(graph: nx.MultiDiGraph[str], starts: list[str], ends: list[str]) -> set[str]:
+    """Nodes that a start reaches; paths are then traced back from the ends."""
     below = _reached(graph.succ, starts)
     unreached = [node for node in ends if node not in below]
     if unreached:
         raise InputError(f"No source reaches the targets {unreached}; give other sources.")
-    return below & _reached(graph.pred, ends)
+    return below
 
 
 def _reached(neighbours: Mapping[str, Iterable[str]], starts: list[str]) -> set[str]:

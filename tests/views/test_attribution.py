@@ -14,6 +14,7 @@ from attnlens.anatomy import Head
 from attnlens.errors import InputError
 from attnlens.graphs import attention_graph
 from attnlens.views import show
+from attnlens.views.attribution import COLUMNS
 
 WORDS = ("<b>", " Ann", "\n", " and", "")
 
@@ -52,6 +53,7 @@ def test_text_bars_and_ledger_hold_the_scores_of_a_prompt() -> None:
     assert list(ledger.x) == [1.5, 0.75, 0.25]
     assert list(ledger.y) == ["tokens", "&lt;biases&gt;", "remainder"]
     assert bars.customdata[1] == "<b>·Ann<sub> 1</sub></b> −2"
+    assert list(show(attribution(), 1).data[2].x) == [1.0, 0.0, 0.0]
     title = "Scores of tokens by attnlrp for &#x27;·&lt;Ben&gt;&#x27; − &#x27;·Ann&#x27;"
     assert figure.layout.title.text == title + " (value 2.50, prompt 0)"
     headings = [note.text for note in figure.layout.annotations]
@@ -79,7 +81,7 @@ def test_lines_are_full_and_no_token_is_lost(count: int) -> None:
         assert (after == line and then >= start + width) or (after == line + 1 and then == 0)
     figure: go.Figure = show(made)
     assert len(figure.layout.xaxis2.tickvals) <= 60
-    assert max(start + width for _, start, width in places) <= figure.layout.xaxis.range[1]
+    assert max(start + width for _, start, width in places) <= max(56, COLUMNS[1])
 
 
 def test_a_huge_score_leaves_the_others_their_colours() -> None:

@@ -109,6 +109,13 @@ def test_nodes_within_a_layer_stand_above_one_another() -> None:
     show(graph)
 
 
+def test_attention_of_a_position_to_itself_bows_around_its_residual_edge() -> None:
+    figure = show(attention_graph(torch.ones(1, 1, 1), ["a"]))
+    (attention,), (residual,) = lines(figure, "attention"), lines(figure, "residual")
+    assert max(attention.x[:-1]) > 0
+    assert set(residual.x[:-1]) == {0}
+
+
 def test_of_a_flow_the_width_is_what_is_carried() -> None:
     graph = attention_graph(torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), ["a", "b"])
     for number, (*_, data) in enumerate(graph.edges(data=True)):
