@@ -61,8 +61,9 @@ def show_faithfulness(found: Faithfulness) -> go.Figure:
         ],
         subplot_titles=[*titles[: len(measures)], *curves],
     )
-    title = f"Which attribution to believe, on {found.task.replace('_', ' ')}"
-    styled(figure, f"{title}, {plural(found.prompts, 'prompt')}", rows * tall + 330 + 110 * rows)
+    on = f"{found.task.replace('_', ' ')}, {plural(found.prompts, 'prompt')}"
+    title = f"Which attribution to believe, on {on}; grey band: random scores"
+    styled(figure, title, rows * tall + 330 + 110 * rows)
     for number, name in enumerate(measures):
         _add_dots(figure, found, name, methods, number // ACROSS + 1, number % ACROSS + 1)
     _add_curves(figure, found, methods, rows + 1)
@@ -111,12 +112,6 @@ def _add_dots(
         "type": "data", "symmetric": False, "thickness": 1.4, "width": 0, "color": CHANCE,
         "array": np.nan_to_num(high - mean), "arrayminus": np.nan_to_num(mean - low),
     }  # fmt: skip
-    if not np.isnan(chance[f"{measure}_low"]):
-        low_end, high_end = chance[f"{measure}_low"], chance[f"{measure}_high"]
-        figure.add_vrect(low_end, high_end, fillcolor=BAND, line_width=0, layer="below", **place)
-    if not np.isnan(chance[measure]):
-        dotted = {"color": CHANCE, "dash": "dot", "width": 1}
-        figure.add_vline(chance[measure], line=dotted, **place)
     dots = go.Scatter(
         x=mean,
         y=[html.escape(name) for name in methods[::-1]],
@@ -128,7 +123,17 @@ def _add_dots(
         showlegend=False,
     )
     figure.add_trace(dots, row=row, col=col)
+    if not np.isnan(chance[f"{measure}_low"]):
+        low_end, high_end = chance[f"{measure}_low"], chance[f"{measure}_high"]
+        figure.add_vrect(low_end, high_end, fillcolor=BAND, line_width=0, layer="below", **place)
+    if not np.isnan(chance[measure]):
+        dotted = {"color": CHANCE, "dash": "dot", "width": 1}
+        figure.add_vline(chance[measure], line=dotted, **place)
+    ends = [*low, *high, *mean, *(chance[f"{measure}{end}"] for end in ("", "_low", "_high"))]
+    least, greatest = np.nanmin(ends), np.nanmax(ends)
+    spare = 0.06 * (greatest - least) or 0.5
     figure.update_xaxes(
+        range=[least - spare, greatest + spare],
         gridcolor=GRID, zeroline=True, zerolinecolor=GRID, nticks=5, tickfont_size=10,
         row=row, col=col,
     )  # fmt: skip
@@ -176,7 +181,8 @@ def _add_curves(figure: go.Figure, found: Faithfulness, methods: Sequence[str], 
                 col=column,
             )
         figure.update_xaxes(
-            title="share of the tokens erased", tickformat=".0%", gridcolor=GRID, zeroline=False,
+            title="share of the tokens erased", tickformat=".0%", range=[0, 1.04], gridcolor=GRID,
+            zeroline=False,
             row=row, col=column,
         )  # fmt: skip
         figure.update_yaxes(

@@ -158,14 +158,12 @@ def test_batches_and_padding_change_nothing(
 
 
 def test_a_function_of_the_output_gets_all_prompts_in_their_order(random_lens: Lens) -> None:
-    ids = torch.tensor([[3, 7, 9, 4], [8, 2, 0, 0], [5, 5, 6, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    ids = torch.tensor([[3, 7, 9, 4], [0, 0, 8, 2], [0, 5, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    last = mask.sum(1) - 1
 
     def metric(output: Any) -> Tensor:
-        logits = output.logits[torch.arange(3), last]
-        return logits[:, 5] - logits[:, 6]
+        return output.logits[:, -1, 5] - output.logits[:, -1, 6]
 
     for way in WAYS[1:]:
         one = leave_one_out(random_lens, inputs, metric, way)

@@ -81,6 +81,8 @@ def test_the_figure_has_a_panel_a_measure_and_both_curves(found):
     at = dots[4].y.index(ordered(found)[0])
     best = found.methods.index(ordered(found)[0])
     assert dots[4].x[at] == pytest.approx(float(found["abpc"].mean[best]))
+    chance = float(found["abpc"].mean[-1])
+    assert any(shape.x0 == shape.x1 == pytest.approx(chance) for shape in figure.layout.shapes)
     lines = [trace for trace in figure.data if trace.mode == "lines"]
     assert len(lines) == 2 * len(found.methods)
     part = faithfulness_part(found)
