@@ -104,7 +104,7 @@ def _propagate(lens: Lens, inputs: Inputs, target: TargetSpec, asked: _Asked) ->
     explained = settle(lens, batch, target)
     anatomy = lens.anatomy_for(batch)
     sites = () if asked.maps is None else anatomy.layers(asked.maps)
-    _check_price(batch, anatomy, sites, asked.budget)
+    _check_price(lens, batch, sites, asked.budget)
     parts: list[Attribution] = []
     start = 0
     together = batch.size if sites else asked.batch_size  # maps are in the padded input
@@ -202,8 +202,7 @@ def _entries(found: Relevances) -> dict[str, Tensor]:
     """The ledger; `target` is what a function that is no sum of logits does not hand down."""
     order = ("tokens", "inputs", "positions", "biases", "softmax")
     entries = {name: found.entries[name] for name in order if name in found.entries}
-    beyond = found.value - found.started
-    return entries if not bool(beyond.abs().max() > 1e-9) else entries | {"target": beyond}
+    return entries | {"target": found.beyond} if bool(found.beyond.any()) else entries
 
 
 def _by_position(
@@ -252,10 +251,11 @@ def _layers(
     return tuple(names), over_tokens(lens, batch, stacked)[1]
 
 
-def _check_price(batch: Batch, anatomy: Anatomy, sites: Sequence[Site], budget: int) -> None:
-    extents = batch.extents(anatomy)
+def _check_price(lens: Lens, batch: Batch, sites: Sequence[Site], budget: int) -> None:
+    extents = batch.extents(lens.anatomy_for(batch))
+    size = max(4, next(lens.model.parameters()).element_size())
     known = [(site, extents[site.name]) for site in sites if site.name in extents]
-    needed = sum(4 * site.heads * e.batch * e.queries * e.keys for site, e in known)
+    needed = sum(size * site.heads * e.batch * e.queries * e.keys for site, e in known)
     if needed > budget:
         raise BudgetError(
             f"Relevance of all edges of {len(sites)} layers takes {gigabytes(needed)}, over the "

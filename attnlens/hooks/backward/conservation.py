@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,10 +60,12 @@ def check_conservation(
     """Propagate the model's largest output on an input by CP-LRP and compare the sums."""
     tolerance = TOLERANCE.get(next(model.parameters()).dtype, FLOAT_TOLERANCE)
     inputs = _one_prompt(inputs)
-    error = relevances(model, anatomy, inputs, _largest, CP_LRP).error
+    # Prompts that cannot be told apart (images of any number of patches) are summed.
+    together = replace(Tally.of(model, inputs), batch=1)
+    error = relevances(model, anatomy, inputs, _largest, CP_LRP, tally=together).error
     if float(error.max()) <= tolerance:
         return Conservation(float(error.max()), tolerance, "", "")
-    tally = Tally.of(model, inputs)
+    tally = replace(together, sums={})
     balance = _Balance(tally)
     relevances(model, anatomy, inputs, _largest, CP_LRP, [balance], tally=tally)
     name = balance.worst()

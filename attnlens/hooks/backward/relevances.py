@@ -22,6 +22,7 @@ from attnlens.hooks.backward.asked import Rule
 from attnlens.hooks.backward.mode import Rules, activations
 from attnlens.hooks.backward.tally import Tally, on_gradient
 from attnlens.hooks.backward.within import mapped, tensors_in
+from attnlens.hooks.edits.changes import Edited
 from attnlens.hooks.embedded import Embedded, token_tables
 from attnlens.hooks.gradients import MetricOf, usable
 from attnlens.hooks.probe import evaluating
@@ -39,6 +40,8 @@ class Relevances:
     started: Float[Tensor, " batch"]
     """What the target hands to the model's outputs, `output x gradient`: the value itself where
     it is a sum of logits."""
+    beyond: Float[Tensor, " batch"]
+    """`value - started`, which a function that is no sum of logits keeps; 0 within rounding."""
     entries: Mapping[str, Float[Tensor, " batch"]]
     """Relevance by part: tokens, inputs that are no tokens, positions, biases, softmax."""
     text: Float[Tensor, "batch position"] | None
@@ -158,10 +161,13 @@ class _Run(Observer):
 
         def seen(gradient: Tensor) -> None:
             self._heads[site.name] = self._relevance(call.output, gradient)
-            if site.name in self._wanted:
-                self._maps[site.name] = self._edges(site, call, gradient)
+
+        def made(gradient: Tensor) -> None:
+            self._maps[site.name] = self._edges(site, call, gradient)
 
         on_gradient(call.output, seen)
+        if site.name in self._wanted:
+            on_gradient(call.made if isinstance(call, Edited) else call.output, made)
         return call
 
     def _stream(self, stream: Stream, tensor: Tensor) -> None:
@@ -203,7 +209,12 @@ class _Run(Observer):
             )
         wanted = [leaf.values for leaf in self._leaves]
         found = torch.autograd.grad(ends, wanted, slopes, allow_unused=True)
-        started = sum(map(self._started, ends, slopes), torch.zeros(self.tally.batch).double())
+        given = list(map(self._started, ends, slopes))
+        started = torch.stack([handed for handed, _ in given]).sum(0)
+        rounding = (
+            2 * torch.finfo(value.dtype).eps * torch.stack([size for _, size in given]).sum(0)
+        )
+        beyond = value.detach().double().cpu() - started
         sides: dict[str, Tensor] = {}
         for leaf, gradient in zip(self._leaves, found, strict=False):
             self._end(leaf, gradient, sides)
@@ -211,6 +222,7 @@ class _Run(Observer):
         return Relevances(
             value.detach().double().cpu(),
             started,
+            torch.where(beyond.abs() > rounding, beyond, 0),
             dict(self.tally.sums),
             sides.get("input_ids"),
             sides.get("decoder_input_ids"),
@@ -232,10 +244,11 @@ class _Run(Observer):
         slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         return value, given, list(slopes)
 
-    def _started(self, end: Tensor, slope: Tensor) -> Tensor:
-        """What the target hands to one of the model's outputs."""
+    def _started(self, end: Tensor, slope: Tensor) -> Float[Tensor, "2 batch"]:
+        """What the target hands to one of the model's outputs, signed and in size."""
         wide = torch.promote_types(end.dtype, torch.float32)
-        return self.tally.by_prompt(end.detach().to(wide) * slope.to(wide))
+        products = end.detach().to(wide) * slope.to(wide)
+        return torch.stack([self.tally.by_prompt(products), self.tally.by_prompt(products.abs())])
 
     def _end(self, leaf: _Leaf, gradient: Tensor | None, sides: dict[str, Tensor]) -> None:
         """Count what a leaf got, and keep that of tokens by position."""

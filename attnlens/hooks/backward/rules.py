@@ -19,13 +19,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.hooks.backward.asked import Asked, Function
 from attnlens.hooks.backward.norms import batch_norm, group_norm, layer_norm, normalize, rms_norm
 from attnlens.hooks.backward.products import attention, gated, product, quotient, softmax
 from attnlens.hooks.backward.ratios import elementwise, in_place, statistic
-from attnlens.hooks.backward.sums import added, addmm, convolution, functions, joined, linear
+from attnlens.hooks.backward.sums import (
+    added,
+    addmm,
+    chosen,
+    convolution,
+    functions,
+    joined,
+    linear,
+    written,
+)
 
 _TABLE: list[tuple[Callable[[Asked], Any], list[Function]]] = [
     (elementwise, functions(
@@ -64,6 +74,8 @@ _TABLE: list[tuple[Callable[[Asked], Any], list[Function]]] = [
     (attention, [F.scaled_dot_product_attention]),
     (gated, [F.glu]),
     (joined, functions("cat", "concat", "concatenate")),
+    (written, [Tensor.__setitem__]),
+    (chosen, functions("where")),
 ]  # fmt: skip
 RULES: dict[Function, Callable[[Asked], Any]] = {
     function: rule for rule, functions in _TABLE for function in functions

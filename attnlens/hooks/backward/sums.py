@@ -129,3 +129,27 @@ def _within(tally: Tally, part: Tensor, axis: int, start: int) -> Callable[[Tens
     kind = "positions" if part.ndim == 3 else "biases"  # a token; a learned sink
     seen, length = tally.constant(kind, part), part.shape[axis]
     return lambda gradient: seen(gradient.narrow(axis, start, length))
+
+
+def written(asked: Asked) -> Any:
+    """Constants that are written over a part of what depends on the input keep their share."""
+    values, index, constant = asked.args
+    asked.plain()
+    if depends(values) and isinstance(constant, Tensor) and is_constant(constant):
+        seen = asked.tally.constant("biases", constant)
+        on_gradient(values, lambda gradient: seen(gradient[index]))
+
+
+def chosen(asked: Asked) -> Any:
+    """A constant that stands in places of what depends on the input keeps its share."""
+    found = asked.plain()
+    where, terms = asked.argument(0, "condition"), asked.args[1:3]
+    for term, stands in zip(terms, (where, ~where), strict=False):
+        if depends(found) and is_constant(term) and not _hides(term):
+            seen = asked.tally.constant(_kind(term), term)
+            on_gradient(found, _there(stands, seen))
+    return found
+
+
+def _there(stands: Tensor, seen: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    return lambda gradient: seen(gradient * stands)
