@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
+_NOBODY = -1
 _acting = threading.local()
 
 
@@ -27,3 +28,10 @@ def acting_for(thread: int) -> Generator[None]:
         yield
     finally:
         _acting.thread = before
+
+
+@contextmanager
+def apart() -> Generator[None]:
+    """Act for no thread: what this one put on models before rests."""
+    with acting_for(_NOBODY):
+        yield

@@ -33,6 +33,7 @@ from attnlens.hooks.reads import ReadRows, check_reads
 from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.restart import Record, Restart
 from attnlens.hooks.session import Observer, Session
+from attnlens.hooks.thread import apart
 from attnlens.lens.asked import check_edits, check_names, check_prompts, choose, parse_bytes
 from attnlens.lens.decode import Decoded, Decoder, end_ids
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
@@ -313,8 +314,9 @@ class Lens:
 
     @cached_property
     def conservation(self) -> Conservation:
-        """Whether relevance is conserved in this model; found once, on the example input."""
-        return check_conservation(self.model, self.anatomy, self._example)
+        """Whether relevance is conserved in this model without edits; found once, on the example."""
+        with apart():
+            return check_conservation(self.model, self.anatomy, self._example)
 
     def decode(
         self,

@@ -431,6 +431,24 @@ def test_relevance_is_that_of_the_edited_model(method: Any) -> None:
     assert torch.equal(method(lens, ids, 5, maps="L0:").scores, plain.scores)
 
 
+def test_edits_do_not_change_what_is_said_of_the_model() -> None:
+    lens = opened("gpt2")
+    expected = lens.conservation
+    lens = opened("gpt2")
+    steps: list[int] = []
+
+    class Watched(al.Zero):
+        def see(self, site: Any, call: Any, where: Any) -> Any:
+            steps.append(1)
+            return super().see(site, call, where)
+
+    with lens.edit(Watched("L0H1")):
+        assert lens.conservation == expected
+        assert not steps
+        lens.model(torch.arange(4, 9)[None])
+    assert steps == [1]
+
+
 @METHODS
 def test_the_source_of_a_copied_token_is_the_largest_score(method: Any) -> None:
     lens = al.load(induction_model())
