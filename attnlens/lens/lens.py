@@ -314,7 +314,7 @@ class Lens:
 
     @cached_property
     def conservation(self) -> Conservation:
-        """Whether relevance is conserved in this model without edits; found once, on the example."""
+        """Whether relevance is conserved without edits; found once, on the example input."""
         with apart():
             return check_conservation(self.model, self.anatomy, self._example)
 
