@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.attribution import Attribution, over_tokens
+from attnlens.analyses.attribution import Attribution, over_tokens, places_of
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
     DECODER,
@@ -120,6 +120,7 @@ def _products(
         heads=torch.cat([own.heads for own in found.values()], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({name: own.maps for name, own in found.items()}),
+        places=places_of(batch),
         notes=notes,
     )
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from attnlens.analyses.per_head import head_frame
 from attnlens.anatomy import Head
 from attnlens.errors import InputError
+from attnlens.graphs.relevance import relevance_graph
+from attnlens.hooks.residual import FINAL
 from attnlens.hooks.tokens import Tokens
 from attnlens.lens import Batch, Lens, SiteTensors
 
@@ -70,6 +72,8 @@ class Attribution:
     head_names: tuple[Head, ...] = ()
     maps: SiteTensors | None = None
     """Scores of attention edges by site, `batch head query key` in the padded input; if asked."""
+    places: tuple[tuple[int, ...], ...] = ()
+    """Where each prompt's tokens stand in the padded input; empty where that is at its start."""
     ledger: Ledger | None = None
     notes: tuple[str, ...] = ()
     make_graph: Callable[[int], nx.MultiDiGraph[str]] | None = field(
@@ -81,13 +85,29 @@ class Attribution:
         return self.scores[prompt, : len(self.tokens[prompt])]
 
     def graph(self, prompt: int = 0) -> nx.MultiDiGraph[str]:
-        """The graph that the method traces for one prompt; InputError where it traces none."""
-        if self.make_graph is None:
+        """What the method traces for one prompt, else the strongest of the edges in `maps`.
+
+        Raises:
+            InputError: the method traces no graph, and no maps were asked for.
+
+        """
+        if self.make_graph is not None:
+            return self.make_graph(prompt)
+        if self.maps is None:
             raise InputError(
-                f"{self.method} traces no graph. Attention flow, information-flow routes, rollout "
-                "and relevance of edges do."
+                f"{self.method} traces no graph, and scores of edges were not asked for. Attention "
+                "flow, rollout and routes trace one; attnlrp, cp_lrp and the attention gradients "
+                'have one of their edges with maps (al.attnlrp(..., maps="all")).'
             )
-        return self.make_graph(prompt)
+        rows = [n for n, name in enumerate(self.layer_names) if name in {*self.maps, FINAL}]
+        known = self.layers is not None and set(self.maps) <= set(self.layer_names)
+        streams = self.layers[prompt, rows] if self.layers is not None and known else None
+        places = self.places[prompt] if self.places else None
+        said = {"method": self.method, "target": self.target[prompt]}
+        return relevance_graph(
+            self.maps, self.tokens[prompt], prompt, streams=streams, positions=places,
+            attributes=said,
+        )  # fmt: skip
 
     def to_frame(self, prompt: int = 0) -> pd.DataFrame:
         """One row a token: position, token, score."""
@@ -142,6 +162,13 @@ def over_tokens(
     longest = max(row.shape[-1] for row in rows)
     padded = [nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows]
     return tuple(words), torch.stack(padded)
+
+
+def places_of(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Where each prompt's tokens stand in the padded input; empty where nothing is padded."""
+    if batch.real is None:
+        return ()
+    return tuple(tuple(row.nonzero()[:, 0].tolist()) for row in batch.real)
 
 
 def joined(parts: Sequence[Attribution]) -> Attribution:

@@ -21,7 +21,7 @@ from attnlens.analyses.attention_gradient import (
     kept_maps,
     over_sides,
 )
-from attnlens.analyses.attribution import Attribution
+from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.gradient_rollout import by_side, carried_down
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
@@ -109,6 +109,7 @@ def chefer(
         heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
+        places=places_of(batch),
         notes=(*notes, OWN_ROW),
     )
 

@@ -19,7 +19,7 @@ from attnlens.analyses.attention_gradient import (
     kept_maps,
     over_sides,
 )
-from attnlens.analyses.attribution import Attribution
+from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
     Edges,
@@ -90,6 +90,7 @@ def gradient_rollout(
         heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
         maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
+        places=places_of(batch),
         notes=notes,
     )
 

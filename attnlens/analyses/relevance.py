@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.attribution import Attribution, Ledger, joined, over_tokens
+from attnlens.analyses.attribution import Attribution, Ledger, joined, over_tokens, places_of
 from attnlens.analyses.target import Explained, TargetSpec, settle
 from attnlens.anatomy import Anatomy, HeadSpec, Site
 from attnlens.errors import BudgetError, InputError, UnsupportedModelError
@@ -187,6 +187,7 @@ def _attribution(
         heads=torch.cat(heads, dim=1) if heads else None,
         head_names=names,
         maps=SiteTensors(found.maps) if found.maps else None,
+        places=places_of(batch),
         ledger=ledger,
         notes=() if seen else (_EMBEDDINGS,),
     )

@@ -24,7 +24,7 @@ from attnlens.analyses.attention_gradient import (
     chosen_settings,
     columns_over_tokens,
 )
-from attnlens.analyses.attribution import Attribution
+from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.target import Explained, TargetSpec, settle
 from attnlens.analyses.weight_gradients import DECODER, TEXT, chosen_heads, query_side
 from attnlens.anatomy import HeadSpec, Site
@@ -101,6 +101,7 @@ def value_norms(
         heads=torch.cat([norms.heads[name] for name in norms.layers], dim=1).cpu(),
         head_names=tuple(anatomy[n].head(number) for n in norms.layers for number in chosen[n]),
         maps=SiteTensors(norms.maps) if maps else None,
+        places=places_of(batch),
         notes=notes,
     )
 

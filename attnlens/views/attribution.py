@@ -6,7 +6,6 @@ import html
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -14,7 +13,6 @@ from plotly.subplots import make_subplots
 
 from attnlens.analyses.attribution import Attribution, Ledger
 from attnlens.errors import InputError
-from attnlens.graphs import relevance_graph
 from attnlens.views.graph_figure import draw_graph
 from attnlens.views.heatmaps import check_prompt
 from attnlens.views.panels import Quantity, domains, head_grids, number_text
@@ -54,7 +52,7 @@ def show_attribution(found: Attribution, prompt: int = 0, of: Of = "tokens") -> 
     if of == "layers":
         return _layers(found, prompt)
     if of == "graph":
-        return draw_graph(_graph(found, prompt), title_of(found, prompt, "Graph"))
+        return draw_graph(found.graph(prompt), title_of(found, prompt, "Graph"))
     return _tokens(found, prompt)
 
 
@@ -247,15 +245,6 @@ def _add_ledger(figure: go.Figure, ledger: Ledger, prompt: int, row: int) -> Non
         zerolinecolor=REST, ticks="", row=row, col=1,
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="", row=row, col=1)
-
-
-def _graph(found: Attribution, prompt: int) -> nx.MultiDiGraph[str]:
-    if found.make_graph is not None or found.maps is None:
-        return found.graph(prompt)
-    rows = [n for n, name in enumerate(found.layer_names) if name in {*found.maps, "final"}]
-    known = found.layers is not None and set(found.maps) <= set(found.layer_names)
-    streams = found.layers[prompt, rows] if found.layers is not None and known else None
-    return relevance_graph(found.maps, found.tokens[prompt], prompt, streams=streams)
 
 
 def _heads(found: Attribution, prompt: int) -> go.Figure:
