@@ -22,6 +22,7 @@ PAGES = [
     "docs/head-profiles.md",
     "docs/edits.md",
     "docs/ablation.md",
+    "docs/attribution.md",
 ]
 
 
