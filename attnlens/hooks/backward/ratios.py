@@ -21,7 +21,9 @@ class _Ratio(torch.autograd.Function):
         y = function(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         above = y if wide == x.dtype else function(x.to(wide))
-        ratio = (above / x.to(wide)).nan_to_num_(nan=at_zero).to(x.dtype)  # 0 / 0 at 0
+        ratio = above / x.to(wide)
+        # At 0 it is 0 / 0, and infinite where a function misses 0 by its epsilon.
+        ratio = ratio.nan_to_num_(at_zero, at_zero, at_zero).to(x.dtype)
         ctx.save_for_backward(ratio)
         return y
 
