@@ -23,6 +23,7 @@ PAGES = [
     "docs/edits.md",
     "docs/ablation.md",
     "docs/attribution.md",
+    "docs/faithfulness.md",
 ]
 
 
