@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         honest_path,
     )
     from attnlens.zoo.induction import induction_model
+    from attnlens.zoo.naming import name_circuit, name_model, name_prompts
     from attnlens.zoo.retrieval import retrieval_model
     from attnlens.zoo.trained import small_path
 
@@ -22,6 +23,9 @@ _HOMES = {
     "honest_model": "attnlens.zoo.deceptive",
     "honest_path": "attnlens.zoo.deceptive",
     "induction_model": "attnlens.zoo.induction",
+    "name_circuit": "attnlens.zoo.naming",
+    "name_model": "attnlens.zoo.naming",
+    "name_prompts": "attnlens.zoo.naming",
     "retrieval_model": "attnlens.zoo.retrieval",
     "small_path": "attnlens.zoo.trained",
 }
@@ -33,6 +37,9 @@ __all__ = [
     "honest_model",
     "honest_path",
     "induction_model",
+    "name_circuit",
+    "name_model",
+    "name_prompts",
     "retrieval_model",
     "small_path",
 ]
