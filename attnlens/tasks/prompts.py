@@ -34,13 +34,27 @@ def next_id(model: TaskModel, text: str, word: str, task: str) -> int:
         TaskError: the tokenizer splits the text otherwise when the word follows.
 
     """
-    before, after = encode(model, text, task), encode(model, f"{text} {word}", task)
-    if after[: len(before)] != before or len(after) == len(before):
+    added = following(model, text, f" {word}", task)
+    if not added:
         raise TaskError(
             f"task {task!r}: this tokenizer does not keep {text[-20:]!r} apart from {word!r}, so "
             "the answer has no token of its own"
         )
-    return after[len(before)]
+    return added[0]
+
+
+def following(model: TaskModel, text: str, more: str, task: str) -> list[int]:
+    """The tokens that `more` adds to `text`; none where they split the text otherwise."""
+    before, after = encode(model, text, task), encode(model, text + more, task)
+    return after[len(before) :] if after[: len(before)] == before else []
+
+
+def word_ids(model: TaskModel, word: str, task: str) -> tuple[int, ...]:
+    """The tokens of a word after a space; none where the first of them does not tell of it."""
+    start = len(encode(model, "a", task))
+    ids = tuple(encode(model, f"a {word}", task)[start:])
+    known = ids and _readable(model, ids[0]) and not model.special_ids.intersection(ids)
+    return ids if known else ()
 
 
 def choose_words(
@@ -54,13 +68,13 @@ def choose_words(
         TaskError: fewer than `count` such words.
 
     """
+    words = list(pool)
     groups: dict[int, dict[tuple[int, ...], str]] = {}
-    start = len(encode(model, "a", task))
-    for word in pool:
-        ids = tuple(encode(model, f"a {word}", task)[start:])
-        if ids and _readable(model, ids[0]) and not model.special_ids.intersection(ids):
+    for word in words:
+        ids = word_ids(model, word, task)
+        if ids:
             groups.setdefault(len(ids), {}).setdefault(ids[:1] if distinct else ids, word)
-    found = {length: list(words.values()) for length, words in groups.items()}
+    found = {length: list(group.values()) for length, group in groups.items()}
     if len(found.get(1, ())) >= count:
         return found[1]
     most = max(found.values(), key=len, default=[])
@@ -68,7 +82,8 @@ def choose_words(
         raise TaskError(
             f"task {task!r} needs {count} words of equal length in tokens"
             f"{', each with its own first token' if distinct else ''}; this tokenizer has "
-            f"{len(most)} of them: ask for fewer"
+            f"{len(most)} of them among its {len(words)} ({', '.join(words[:4])}, ...): ask for "
+            "fewer, or give prompts of your own with read_task"
         )
     return most
 
