@@ -20,7 +20,7 @@ from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.backward.again import blocks_again
 from attnlens.hooks.backward.asked import Rule
 from attnlens.hooks.backward.mode import Rules, activations
-from attnlens.hooks.backward.tally import Tally, on_gradient
+from attnlens.hooks.backward.tally import MixedPromptsError, Tally, on_gradient
 from attnlens.hooks.backward.within import mapped, tensors_in
 from attnlens.hooks.edits.changes import Edited
 from attnlens.hooks.embedded import Embedded, token_tables
@@ -30,6 +30,8 @@ from attnlens.hooks.residual import Passing, Stream, streams_of
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer, Session
+
+_MIXED = 1e-2  # far over what rounding makes, in half types too
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class Relevances:
         entries = torch.stack(list(self.entries.values()))
         largest = torch.stack([self.started.abs(), *entries.abs()]).amax(0)
         return (self.started - entries.sum(0)).abs() / torch.where(largest > 0, largest, 1)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether parts were counted to the wrong prompts: all together sum, each by itself not."""
+        missing = self.started - torch.stack(list(self.entries.values())).sum(0)
+        alone = float(missing.abs().sum())
+        return float(self.error.max()) > _MIXED and abs(float(missing.sum())) < 0.1 * alone
 
 
 def relevances(
@@ -103,7 +112,10 @@ def relevances(
         with rules:
             output = model(**given)
         session.check_fired()
-        return run.propagate(output, metric)
+        found = run.propagate(output, metric)
+    if found.mixed:
+        raise MixedPromptsError
+    return found
 
 
 @dataclass
