@@ -57,7 +57,7 @@ class AttentionFlow:
     """Names of the sites, in the order of the layer axis."""
     settings: RolloutSettings
     skipped: Int[Tensor, " batch"]
-    """Joined pairs of each prompt that needed no solve of their own, since their bounds met."""
+    """Joined pairs of each prompt that needed no solve of their own."""
     notes: tuple[str, ...]
 
     @property
@@ -111,10 +111,12 @@ class AttentionFlow:
     def graph(
         self, target: int = -1, source: int | None = None, prompt: int = 0, threshold: float = 0.0
     ) -> nx.MultiDiGraph[str]:
-        """One maximum flow from a target to a source, as the edges that carry over `threshold`.
+        """One maximum flow from a target to a source, as the edges that carry it.
 
-        Edges have `weight`, their capacity, and `flow`. A pair has many maximum flows as a rule, of
-        equal value; this is one of them. The source of the largest flow where none is named.
+        Edges have `weight`, their capacity, and `flow`; those that carry less than `threshold` are
+        left out, but for the strongest into each node. A pair has many maximum flows as a rule, of
+        equal value; this is one of them. The source of the largest flow where none is named. No
+        edges where no path joins the two.
 
         Raises:
             InputError: a prompt, target or source that is not there.
@@ -209,7 +211,8 @@ def _noted(
     """The result with what its reader should know."""
     joined, saturated = int(result.joined.sum()), int(result.saturated.sum())
     skipped, solves = int(result.skipped.sum()), sum(own.solves for own in found)
-    own = [f"{joined} pairs that a path joins: {skipped} had bounds that met; {solves} solves."]
+    counted = f"{skipped} needed no solve of their own, {solves} solves in all"
+    own = [f"{joined} pairs are joined by paths: {counted}."]
     if len(sites) > 1:
         text = (
             f"{saturated} of the {joined} pairs are saturated: their flow is all that the target's "

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.errors import InputError
+from attnlens.graphs.prune import prune_graph
 
 ATTENTION, RESIDUAL, MLP = "attention", "residual", "mlp"
 """Kinds of edges."""
@@ -153,7 +154,7 @@ def flow_graph(
     layers: Sequence[int] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> nx.MultiDiGraph[str]:
-    """One maximum flow through a prompt's fused maps: the edges that carry more than `threshold`.
+    """One maximum flow through a prompt's fused maps: the edges that carry some of it.
 
     Edges are those of `attention_graph`: `weight` is the capacity, `flow` what is carried. Where a
     position's own attention and its residual edge run side by side, the residual edge fills first.
@@ -164,7 +165,9 @@ def flow_graph(
         tokens: the prompt's token texts, as many as positions.
         pair: target (a position above the last map) and source (below the first).
         residual: share r of the residual stream; 0.5 is the paper's.
-        threshold: edges that carry no more are left out.
+        threshold: edges that carry less are left out, but for the strongest into each node, so
+            that a path from the source to the target stays: a flow may be spread over many edges
+            of which none carries much.
         layers: the maps' layer numbers, upwards; from 0 where not given.
         attributes: what the graph is to say of itself.
 
@@ -184,7 +187,7 @@ def flow_graph(
         ("target", "source"), streams[:: -len(maps)], pair, strict=True
     ):
         graph.graph[role] = _add_node(graph, layer, position, tokens)
-    for step, query, key in (carried > threshold).nonzero().tolist():
+    for step, query, key in (carried > 0).nonzero().tolist():
         lower = _add_node(graph, streams[step], key, tokens)
         upper = _add_node(graph, streams[step + 1], query, tokens)
         flow, weight = carried[step, query, key].item(), maps[step, query, key].item()
@@ -193,9 +196,11 @@ def flow_graph(
             (RESIDUAL, residual, straight),
             (ATTENTION, (1 - residual) * weight, flow - straight),
         ):
-            if part > threshold:
+            if part > 0:
                 graph.add_edge(lower, upper, kind, weight=capacity, flow=part, kind=kind)
-    return graph
+    if not threshold or not graph.number_of_edges():
+        return graph
+    return prune_graph(graph, graph.graph["target"], graph.graph["source"], threshold, by="flow")
 
 
 def _add_node(graph: nx.MultiDiGraph[str], layer: int, position: int, tokens: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ def prune_graph(
     sources: str | Iterable[str] | None = None,
     threshold: float | None = None,
     top: int | None = None,
+    by: str = "weight",
 ) -> nx.MultiDiGraph[str]:
     """The strong edges on paths from the sources to the targets; every target keeps a path.
 
@@ -24,7 +25,8 @@ def prune_graph(
     a weight of at least `threshold` in size, whatever its sign, stay, and of them the `top`
     strongest; the strongest stays in any case. What the targets then no longer reach, traced back,
     goes too. Parallel edges count one by one; equal weights stay in the graph's order. Sources are
-    the nodes that nothing enters where not given.
+    the nodes that nothing enters where not given. `by` names another attribute than the weight to
+    go by: "flow" of `flow_graph`.
 
     The graph given is left as it is; the new one says under `"pruned"` what was asked.
 
@@ -44,7 +46,7 @@ def prune_graph(
     if not nx.is_directed_acyclic_graph(graph):
         raise InputError("The graph has cycles; paths are traced in graphs without.")
     reached_up = _from_starts(graph, starts, ends)
-    kept = _trace(graph.subgraph(reached_up), starts, ends, threshold, top)
+    kept = _trace(graph.subgraph(reached_up), starts, ends, threshold, top, by)
     pruned: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     pruned.graph.update(graph.graph)
     pruned.graph["pruned"] = {
@@ -52,6 +54,7 @@ def prune_graph(
         "sources": None if sources is None else starts,
         "threshold": threshold,
         "top": top,
+        "by": by,
     }
     reached = {node for source, target, _ in kept for node in (source, target)} | set(ends)
     pruned.add_nodes_from((n, dict(data)) for n, data in graph.nodes(data=True) if n in reached)
@@ -97,6 +100,7 @@ def _trace(
     ends: list[str],
     threshold: float | None,
     top: int | None,
+    by: str,
 ) -> set[tuple[str, str, Any]]:
     """Edges kept when the strong ones are followed backwards from the ends."""
     kept: set[tuple[str, str, Any]] = set()
@@ -104,10 +108,11 @@ def _trace(
     while waiting:
         node = waiting.pop()
         entering = sorted(
-            graph.in_edges(node, keys=True, data=True), key=lambda edge: -_strength(*edge)
+            graph.in_edges(node, keys=True, data=True), key=lambda edge: -_strength(edge, by)
         )
-        for rank, (source, target, key, data) in enumerate(entering):
-            strong = threshold is None or _strength(source, target, key, data) >= threshold
+        for rank, edge in enumerate(entering):
+            source, target, key, _ = edge
+            strong = threshold is None or _strength(edge, by) >= threshold
             # the strongest may go only where the path may begin
             if rank > 0 and (not strong or (top is not None and rank >= top)):
                 break
@@ -120,11 +125,12 @@ def _trace(
     return kept
 
 
-def _strength(source: str, target: str, key: Any, data: dict[str, Any]) -> float:
+def _strength(edge: tuple[str, str, Any, dict[str, Any]], by: str) -> float:
     """The size of an edge's weight, checked."""
-    weight = data.get("weight")
+    source, target, key, data = edge
+    weight = data.get(by)
     if isinstance(weight, bool) or not isinstance(weight, Real) or weight != weight:
         raise InputError(
-            f"edge {source!r} -> {target!r} ({key!r}) has weight {weight!r}; a number is needed."
+            f"edge {source!r} -> {target!r} ({key!r}) has {by} {weight!r}; a number is needed."
         )
     return abs(float(weight))

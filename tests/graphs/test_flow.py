@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnlens.errors import InputError
-from attnlens.graphs import attention_graph, node_name, prune_graph, rollout_graph
+from attnlens.graphs import attention_graph, flow_graph, node_name, prune_graph, rollout_graph
 
 
 def random_maps(layers: int, length: int, seed: int = 0, causal: bool = True) -> Tensor:
@@ -212,6 +212,29 @@ def test_pruning_with_no_limit_keeps_exactly_what_lies_between() -> None:
     assert small.number_of_edges() == 2 + 3 + 3
     assert prune_graph(graph, "L2P2", top=1).number_of_edges() == 2
     assert nx.has_path(prune_graph(graph, "L2P2", sources="L0P0", top=1), "L0P0", "L2P2")
+
+
+def test_a_flow_spread_thin_keeps_a_path() -> None:
+    """1 flows from the first position to the last over 20 edges, none of which carries over .06."""
+    share = torch.linspace(0.04, 0.06, 20, dtype=torch.float64)
+    maps, carried = torch.zeros(2, 2, 22, 22, dtype=torch.float64)
+    maps[1, 21, 1:21] = carried[1, 21, 1:21] = share
+    maps[0, 1:21, 0] = 1
+    carried[0, 1:21, 0] = share
+    tokens = [str(i) for i in range(22)]
+    graph = flow_graph(maps, carried, tokens, (21, 0), residual=0)
+    assert graph.number_of_edges() == 40
+    strong = flow_graph(maps, carried, tokens, (21, 0), 0, 0.05)
+    # by what the edges carry: the lower ones have room for 1 each
+    assert len(strong.in_edges("L2P21")) == int((share >= 0.05).sum()) == 10
+    check_paths(strong, ["L2P21"], ["L0P0"])
+    thin = flow_graph(maps, carried, tokens, (21, 0), 0, 0.5)
+    assert set(thin) == {"L0P0", "L1P20", "L2P21"}
+    assert (thin.graph["source"], thin.graph["target"]) == ("L0P0", "L2P21")
+    assert thin.graph["flow"] == pytest.approx(1)
+    nothing = flow_graph(maps, torch.zeros_like(maps), tokens, (0, 21), 0, 0.5)
+    assert set(nothing) == {"L2P0", "L0P21"}
+    assert not nothing.number_of_edges()
 
 
 def test_pruning_refuses_what_it_cannot_trace() -> None:
