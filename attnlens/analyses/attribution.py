@@ -149,7 +149,7 @@ def over_tokens(
         sides.append((decoder, batch.sides.decoder or Tokens()))
     words: list[tuple[str, ...]] = []
     rows: list[Tensor] = []
-    for prompt in range(batch.size):
+    for prompt in range(len(text)):
         own: list[str] = []
         kept: list[Tensor] = []
         for values, side in sides:

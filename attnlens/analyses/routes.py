@@ -21,7 +21,7 @@ stream at once (Phi, GPT-NeoX, Cohere) is one sum of all parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -41,7 +41,7 @@ from attnlens.graphs.routes import KINDS, route_graph
 from attnlens.hooks.probe import evaluating
 from attnlens.hooks.session import Session
 from attnlens.hooks.sublayers import Sublayers
-from attnlens.hooks.tokens import Tokens
+from attnlens.hooks.tokens import Sides, Tokens
 from attnlens.lens import Batch, Inputs, Lens
 
 THRESHOLD = 0.04
@@ -260,9 +260,11 @@ def _result(
 ) -> Routes:
     """The trace in positions of each prompt's own tokens."""
     tokens = batch.sides.queries(sites[0]).cut(traced.arriving.shape[-1])
-    words, arriving = over_tokens(lens, batch, traced.arriving)
+    # Patches of an image may be as many as the tokens of the text beside it.
+    own_side = replace(batch, sides=Sides(tokens))
+    words, arriving = over_tokens(lens, own_side, traced.arriving)
     parts = (traced.residual, traced.mlp, traced.bias)
-    residual, mlp, bias = (over_tokens(lens, batch, part)[1] for part in parts)
+    residual, mlp, bias = (over_tokens(lens, own_side, part)[1] for part in parts)
     edges, target = traced.edges, traced.target
     if tokens.real is not None:
         own = tokens.real.cumsum(-1).cpu() - 1

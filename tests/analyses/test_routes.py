@@ -340,6 +340,14 @@ def test_patches_of_an_image_are_positions_without_texts() -> None:
     assert all(name.startswith("vision.") for name in found.layers)
     total = found.arriving[:, 0].sum(-1) + found.lost
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+    # a text as long as the image has patches, of which one is padding
+    count = len(found.tokens[0])
+    inputs["input_ids"] = torch.arange(2, 2 + count).expand(len(inputs["input_ids"]), -1) % 90
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][:, -1] = 0
+    again = routes(al.load(model, example=inputs), inputs, target=0, stack="vision")
+    assert again.tokens == found.tokens
+    assert torch.equal(again.arriving, found.arriving)
 
 
 def test_what_cannot_be_traced_is_refused() -> None:
