@@ -26,6 +26,7 @@ from attnlens.anatomy import Anatomy, HeadSpec, Site
 from attnlens.errors import BudgetError, InputError, UnsupportedModelError
 from attnlens.hooks.backward import ATTNLRP, CP_LRP, MixedPromptsError, Relevances, Rule, relevances
 from attnlens.hooks.keep import gigabytes
+from attnlens.hooks.residual import FINAL
 from attnlens.lens import Batch, Inputs, Lens, SiteTensors
 from attnlens.lens.asked import parse_bytes
 from attnlens.lens.inputs import split
@@ -239,12 +240,11 @@ def _entering(batch: Batch, anatomy: Anatomy, found: Relevances) -> dict[str, Te
 def _layers(
     lens: Lens, batch: Batch, anatomy: Anatomy, found: Relevances
 ) -> tuple[tuple[str, ...], Float[Tensor, "batch layer position"] | None]:
-    """The streams of the stack that reads the text (or the image), layer by layer."""
-    names = [
-        name
-        for name in found.streams
-        if anatomy[name].stack == next(iter(found.streams)).rpartition(".L")[0]
-    ]
+    """The streams of the stack that reads the text (or the image), and what leaves it."""
+    first = next((name.rpartition(".L")[0] for name in found.streams), "")
+    own = [site.name for site in anatomy.sites if site.stack == first]
+    own.append(f"{first}.{FINAL}" if first else FINAL)
+    names = [name for name in own if name in found.streams]
     shapes = {found.streams[name].shape for name in names}
     if len(shapes) != 1 or next(iter(shapes))[0] != batch.size:
         return (), None

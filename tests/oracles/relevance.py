@@ -30,7 +30,7 @@ class Handed:
     maps: list[Tensor]
     """`head query key` of each layer."""
     streams: list[Tensor]
-    """`position` of what enters each layer."""
+    """`position` of what enters each layer, and of what leaves the last."""
     entries: dict[str, float] = field(default_factory=dict[str, float])
 
 
@@ -74,7 +74,7 @@ class Oracle:
         value = float(relevance.sum())
         head = self.model.lm_head.weight, None
         relevance = self._norm_back(self._final, x, self._linear_back(head, normed, relevance))
-        heads, maps, streams = [], [], []
+        heads, maps, streams = [], [], [relevance.sum(-1)]
         for layer in reversed(self.layers):
             relevance = self._layer_back(layer, relevance)
             heads.insert(0, layer.kept["R_z"])

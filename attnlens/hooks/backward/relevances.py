@@ -6,7 +6,7 @@ the residual stream that enters each block, at the weights of the attention maps
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from attnlens.hooks.edits.changes import Edited
 from attnlens.hooks.embedded import Embedded, token_tables
 from attnlens.hooks.gradients import MetricOf, usable
 from attnlens.hooks.probe import evaluating
+from attnlens.hooks.replaced import of_this_thread
 from attnlens.hooks.residual import Passing, Stream, streams_of
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
@@ -53,7 +54,8 @@ class Relevances:
     heads: Mapping[str, Float[Tensor, "batch query head"]]
     """Relevance of each head's z at each position, by site."""
     streams: Mapping[str, Float[Tensor, "batch position"]]
-    """Relevance of the stream that enters each block, by the name of its first site."""
+    """Relevance of the stream that enters each block, by the name of its first site, and of what
+    leaves a stack's last block: `final`, `enc.final`."""
     maps: Mapping[str, Float[Tensor, "batch head query key"]]
     """Relevance of attention weights, of the sites asked for."""
 
@@ -146,8 +148,20 @@ class _Run(Observer):
         blocks = [site for site in self._anatomy.sites if site.block is not None]
         if not blocks:
             return ()
-        streams = [s for s in streams_of(self._anatomy, blocks) if not s.final]
-        return [Passing(model, self._anatomy, streams, self._stream)]
+        streams = streams_of(self._anatomy, blocks)
+        entering = [stream for stream in streams if not stream.final]
+        handles: list[Handle] = [Passing(model, self._anatomy, entering, self._stream)]
+        for stream in streams:
+            if stream.final and stream.site.block is not None:
+                block = model.get_submodule(stream.site.block)
+                handles.append(block.register_forward_hook(of_this_thread(self._leaving(stream))))
+        return handles
+
+    def _leaving(self, stream: Stream) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self._stream(stream, output if isinstance(output, Tensor) else output[0])
+
+        return hook
 
     def with_leaves(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs, in which numbers (pixels, sounds) are leaves."""
@@ -186,7 +200,8 @@ class _Run(Observer):
         if tensor.requires_grad:
 
             def seen(gradient: Tensor) -> None:
-                self._streams[stream.name] = self._relevance(tensor, gradient)
+                # Of a block that serves several layers the last run's gradient comes first.
+                self._streams.setdefault(stream.name, self._relevance(tensor, gradient))
 
             on_gradient(tensor, seen)
 
@@ -239,7 +254,7 @@ class _Run(Observer):
             sides.get("input_ids"),
             sides.get("decoder_input_ids"),
             {name: self._heads[name] for name in order if name in self._heads},
-            {name: self._streams[name] for name in order if name in self._streams},
+            {name: self._streams[name] for name in sorted(self._streams, key=_place(order))},
             {name: self._maps[name] for name in order if name in self._maps},
         )
 
@@ -283,6 +298,11 @@ class _Run(Observer):
             if name not in taken and isinstance(given, Tensor) and torch.equal(given, ids):
                 return name
         return "input_ids"
+
+
+def _place(order: Sequence[str]) -> Callable[[str], int]:
+    """Where a stream comes: those that enter sites in their order, then those that leave stacks."""
+    return lambda name: order.index(name) if name in order else len(order)
 
 
 def _check_value(value: Tensor) -> None:
