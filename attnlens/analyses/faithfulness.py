@@ -1,14 +1,15 @@
 """Which attribution to believe: every method held against what erasing tokens does to the model.
 
 No measure is the truth. Leave-one-out asks for one token at a time, deletion for many; both put
-the model before prompts that it may never have seen. So there are several measures, each beside the
-same number of random scores, and what stands in for an erased token is a setting.
+the model before prompts that it may never have seen. So there are several measures, each beside
+that of random scores, and what stands in for an erased token is a setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.attribute import METHODS, method_of
-from attnlens.analyses.attribution import Attribution
 from attnlens.analyses.deletion import BINS, FRACTIONS
 from attnlens.analyses.erasure import TOKENS
 from attnlens.analyses.judging import RANDOM, Bench, Method, sources_of
@@ -70,7 +70,8 @@ class Faithfulness:
 
     Attributes:
         task: what was graded.
-        methods: every method that scored, in the order of every `method` axis; `random` last.
+        methods: every method that scored, in the order of every `method` axis; `random`, a mean
+            over draws, last.
         by_prompt: each measure of each prompt; NaN where it has none.
         intervals: each measure's mean over prompts with its bootstrap interval.
         morf, lerf: mean over prompts of M at each of `fractions` erased, most and least relevant
@@ -158,6 +159,7 @@ def faithfulness(
     sources: Sequence[Sequence[int]] | None = None,
     steps: int = 10,
     bins: Sequence[float] = BINS,
+    draws: int = 5,
     batch_size: int = 8,
     tokens: int = TOKENS,
     seed: int = 0,
@@ -181,6 +183,7 @@ def faithfulness(
             Where None: the task's `spans`, else where the answer itself stands before the read.
         steps: numbers of tokens at which deletion is measured.
         bins: shares of the tokens for comprehensiveness and sufficiency.
+        draws: random scores of each prompt; their measures are means over these.
         batch_size: prompts that a method scores at a time.
         tokens: positions of erased prompts in one forward at most.
         seed: of random scores, of the order of equal scores, and of the intervals.
@@ -194,12 +197,13 @@ def faithfulness(
 
     """
     check_bootstrap(resamples, confidence)
-    _check(steps, bins, batch_size)
+    _check(bins, steps=steps, draws=draws, batch_size=batch_size)
     settings: dict[str, Any] = {
-        "steps": steps, "bins": tuple(bins), "seed": seed, "resamples": resamples,
+        "steps": steps, "bins": tuple(bins), "draws": draws, "seed": seed, "resamples": resamples,
         "confidence": confidence,
     }  # fmt: skip
-    bench = Bench(lens, task, _asked(methods, seed), Replacement.of(replacement), tokens, settings)
+    asked = _asked(methods, seed, draws)
+    bench = Bench(lens, task, asked, Replacement.of(replacement), tokens, settings)
     known, said = sources_of(lens, task, sources)
     for start in range(0, len(task), batch_size):
         bench.judge(range(start, min(start + batch_size, len(task))), known, progress)
@@ -239,28 +243,25 @@ def _result(bench: Bench, said: str) -> Faithfulness:
 
 
 def _asked(
-    methods: Sequence[str] | Mapping[str, Method] | None, seed: int
-) -> dict[str, Method | None]:
-    """Methods by name, None where `attribute` knows them; random ones last."""
-
-    def chance(lens: Lens, inputs: Any, target: Any) -> Attribution:
-        return method_of(RANDOM)(lens, inputs, target, seed=seed)
-
-    asked: dict[str, Method | None]
+    methods: Sequence[str] | Mapping[str, Method] | None, seed: int, draws: int
+) -> dict[str, tuple[Method | None, ...]]:
+    """Methods by name, None where `attribute` knows them; random ones last, draw by draw."""
     if isinstance(methods, Mapping):
-        asked = dict(methods)
+        asked: dict[str, tuple[Method | None, ...]] = {n: (own,) for n, own in methods.items()}
     else:
         names = (methods,) if isinstance(methods, str) else METHODS if methods is None else methods
-        asked = dict.fromkeys(names)
         for name in names:
             method_of(name)
+        asked = dict.fromkeys(names, (None,))
     asked.pop(RANDOM, None)
+    chance = tuple(partial(method_of(RANDOM), seed=seed + draw) for draw in range(draws))
     return {**asked, RANDOM: chance}
 
 
-def _check(steps: int, bins: Sequence[float], batch_size: int) -> None:
-    if steps < 1 or batch_size < 1:
-        raise InputError(f"steps={steps} and batch_size={batch_size}: give 1 or more.")
+def _check(bins: Sequence[float], **counts: int) -> None:
+    if min(counts.values()) < 1:
+        given = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise InputError(f"{given}: give 1 or more of each.")
     if not bins or not all(0 < share <= 1 for share in bins):
         raise InputError(f"bins={tuple(bins)}: shares of the tokens lie over 0, up to 1.")
 

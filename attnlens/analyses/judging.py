@@ -32,7 +32,8 @@ class Bench:
 
     lens: Lens
     task: Task
-    methods: Mapping[str, Method | None]
+    methods: Mapping[str, Sequence[Method | None]]
+    """By name; several are averaged, None is the method that `attribute` knows."""
     replacement: Replacement
     tokens: int
     settings: Mapping[str, Any]
@@ -56,15 +57,15 @@ class Bench:
         eraser = Eraser(self.lens, own.clean_inputs(), target, self.replacement, self.tokens)
         ends = Ends.of(eraser)
         references = {ERASED: left_out(eraser).scores, GRADIENT: self._gradient(own, eraser)}
-        for number, (name, method) in enumerate(self.methods.items(), 1):
-            scores = references.get(name) if method is None else None
-            if scores is None and name not in self.failed:
-                scores = self._scores(name, method or method_of(name), own, eraser)
-            if scores is not None:
-                measured = self._measured(scores, eraser, ends, references)
-                places = None if known is None else known[prompts.start : prompts.stop]
-                measured["pointing"] = points_at(scores, eraser.real, places)
-                self.found.setdefault(name, []).append(measured)
+        places = None if known is None else known[prompts.start : prompts.stop]
+        for number, (name, draws) in enumerate(self.methods.items(), 1):
+            measured = [
+                self._measured(scores, eraser, ends, references, places)
+                for scores in self._scores(name, draws, own, eraser, references)
+            ]
+            if measured:
+                mean = {key: torch.stack([m[key] for m in measured]).mean(0) for key in measured[0]}
+                self.found.setdefault(name, []).append(mean)
             if progress is not None:
                 done = prompts.start * len(self.methods) + number * len(prompts)
                 progress(done, len(self.task) * len(self.methods))
@@ -83,13 +84,26 @@ class Bench:
             self.no_gradient = str(error)
             return None
 
-    def _scores(self, name: str, method: Method, own: Task, eraser: Eraser) -> Tensor | None:
+    def _scores(
+        self,
+        name: str,
+        draws: Sequence[Method | None],
+        own: Task,
+        eraser: Eraser,
+        references: Mapping[str, Tensor | None],
+    ) -> list[Float[Tensor, "prompt position"]]:
+        """A method's scores, draw by draw; none, and why, where it gives none."""
+        if name in self.failed:
+            return []
+        known = references.get(name)
+        if known is not None and None in draws:
+            return [known]
         try:
-            return _aligned(method, self.lens, own, eraser)
+            return [_aligned(each or method_of(name), self.lens, own, eraser) for each in draws]
         except AttnlensError as error:
             self.failed[name] = str(error)
             self.found.pop(name, None)
-            return None
+            return []
 
     def _measured(
         self,
@@ -97,8 +111,9 @@ class Bench:
         eraser: Eraser,
         ends: Ends,
         references: Mapping[str, Tensor | None],
+        places: Bool[Tensor, "prompt position"] | None,
     ) -> dict[str, Tensor]:
-        """Every measure of some prompts but pointing, and the curves."""
+        """Every measure of some prompts, and the curves."""
         seed, steps, bins = (self.settings[name] for name in ("seed", "steps", "bins"))
         gone = delete(eraser, scores, ends, steps, bins, seed)
         alike = {
@@ -115,6 +130,7 @@ class Bench:
             "abpc": gone.areas[:, 1] - gone.areas[:, 0],
             "comprehensiveness": gone.comprehensiveness,
             "sufficiency": gone.sufficiency,
+            "pointing": points_at(scores, eraser.real, places),
             "morf": gone.morf,
             "lerf": gone.lerf,
         }

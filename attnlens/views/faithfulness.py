@@ -68,8 +68,8 @@ def show_faithfulness(found: Faithfulness) -> go.Figure:
         _add_dots(figure, found, name, methods, number // ACROSS + 1, number % ACROSS + 1)
     _add_curves(figure, found, methods, rows + 1)
     figure.update_layout(
-        margin={"l": 150, "t": 100, "b": 60},
-        legend={"orientation": "h", "y": -0.05, "yanchor": "top", "x": 0},
+        margin={"l": 150, "t": 100, "b": 100},
+        legend={"orientation": "h", "yref": "container", "y": 0.005, "yanchor": "bottom", "x": 0},
     )
     layout: Any = figure.layout
     for note in layout.annotations:
