@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.chefer import chefer, relevance_rollout
     from attnlens.analyses.chefer_lrp import chefer_lrp
+    from attnlens.analyses.composition import composition
     from attnlens.analyses.contrast_decoding import contrast_decode
     from attnlens.analyses.contrastive_heads import ContrastiveHeads
     from attnlens.analyses.edit_effects import try_edits
@@ -148,6 +149,7 @@ _HOMES = {
     "attribute": "attnlens.analyses.attribute",
     "chefer": "attnlens.analyses.chefer",
     "chefer_lrp": "attnlens.analyses.chefer_lrp",
+    "composition": "attnlens.analyses.composition",
     "contrast_decode": "attnlens.analyses.contrast_decoding",
     "cp_lrp": "attnlens.analyses.relevance",
     "edits_from_json": "attnlens.hooks.edits",
@@ -256,6 +258,7 @@ __all__ = [
     "attribute",
     "chefer",
     "chefer_lrp",
+    "composition",
     "contrast_decode",
     "cp_lrp",
     "edits_from_json",

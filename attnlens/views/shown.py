@@ -39,6 +39,7 @@ _FAMILIES = {
     "attnlens.analyses.head_similarity.HeadSimilarity": "attnlens.views.similarity",
     "attnlens.analyses.layer_similarity.LayerSimilarity": "attnlens.views.similarity",
     "attnlens.analyses.ranks.HeadRanks": "attnlens.views.similarity",
+    "attnlens.analyses.composition.Composition": "attnlens.views.composition",
     "attnlens.analyses.rhythm.Rhythm": "attnlens.views.context",
     "attnlens.analyses.long_context.LongContextHeads": "attnlens.views.context",
     "attnlens.analyses.basin.AttentionBasin": "attnlens.views.context",
