@@ -144,7 +144,7 @@ def ablate(
     if out is None:
         raise InputError("Give --out DIR: every value is kept there as soon as it is known.")
     asked = SweepAsked(
-        task.value, prompts, seed, heads, by.value, mode.value, metric and metric.value, resume,
+        task, prompts, seed, heads, by.value, mode.value, metric and metric.value, resume,
         batch_size, tokens, ray, workers, gpus,
     )  # fmt: skip
     opened = ModelAsked(model, tokenizer, device, dtype)
@@ -338,9 +338,7 @@ def faithfulness(
 
     Example: attnlens faithfulness MODEL --task ioi --methods attnlrp,rollout --out judged
     """
-    asked = JudgedAsked(
-        task.value, methods, replacement.value, token, special, prompts, seed, batch_size
-    )
+    asked = JudgedAsked(task, methods, replacement.value, token, special, prompts, seed, batch_size)
     job = _commands("attnlens.cli.faithfulness_job")
     job.judge(ModelAsked(model, tokenizer, device, dtype), asked, out)
 

@@ -18,12 +18,26 @@ from attnlens.anatomy import HeadSpec
 from attnlens.cli.asked import TextsAsked
 from attnlens.cli.further import further
 from attnlens.cli.grading import no_grading, reads_text
+from attnlens.cli.options import TASK_FILES
 from attnlens.cli.output import staged
 from attnlens.cli.progress import Steps, silent
 from attnlens.cli.texts import Texts, cut_texts
 from attnlens.errors import TaskError
 from attnlens.lens import Inputs, Lens, Trace
-from attnlens.tasks import Task, copy_task, indirect_object, key_value, needle, repeated_tokens
+from attnlens.tasks import (
+    Task,
+    agreement,
+    capitals,
+    coloured_objects,
+    copy_task,
+    docstring_arguments,
+    greater_than,
+    indirect_object,
+    key_value,
+    needle,
+    read_task,
+    repeated_tokens,
+)
 from attnlens.views.findings import Findings
 from attnlens.views.narrative import THRESHOLD
 from attnlens.views.report import write_report
@@ -34,6 +48,11 @@ TASKS: dict[str, Callable[..., Task]] = {
     "key-value": key_value,
     "needle": needle,
     "copy": copy_task,
+    "greater-than": greater_than,
+    "coloured-objects": coloured_objects,
+    "agreement": agreement,
+    "docstring": docstring_arguments,
+    "capitals": capitals,
 }
 PROMPT_TOKENS = 40
 """The prompt of the heat maps is at most so long: its labels can be read."""
@@ -112,15 +131,17 @@ def find_out(
 
 
 def build_task(lens: Lens, name: str, prompts: int, seed: int = 0) -> Task | None:
-    """The task of a name; None for "none" and for models that no task can grade.
+    """The task of a name or of a file; None for "none" and for models that no task can grade.
 
-    Raises TaskError for an unknown name, and where the model's tokens do not allow the task.
+    Of a file all prompts are taken. Raises TaskError for an unknown name, and where the model's
+    tokens do not allow the task; and what `read_task` raises.
     """
-    if name != "none" and name not in TASKS:
+    of_file = name.lower().endswith(TASK_FILES)
+    if name != "none" and name not in TASKS and not of_file:
         raise TaskError(f"There is no task {name!r}; choose {', '.join(TASKS)} or none.")
     if name == "none" or no_grading(lens) is not None:
         return None
-    return TASKS[name](lens, prompts, seed=seed)
+    return read_task(name, lens) if of_file else TASKS[name](lens, prompts, seed=seed)
 
 
 def _read(

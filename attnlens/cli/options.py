@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+TASK_FILES = (".csv", ".jsonl")
+"""How files of prompts end; see `tasks.read_task`."""
+
 
 class TaskName(StrEnum):
     """Tasks on which heads are ablated."""
@@ -17,6 +20,11 @@ class TaskName(StrEnum):
     KEY_VALUE = "key-value"
     NEEDLE = "needle"
     COPY = "copy"
+    GREATER_THAN = "greater-than"
+    COLOURED_OBJECTS = "coloured-objects"
+    AGREEMENT = "agreement"
+    DOCSTRING = "docstring"
+    CAPITALS = "capitals"
     NONE = "none"
 
 
@@ -28,6 +36,20 @@ class SweepTask(StrEnum):
     KEY_VALUE = "key-value"
     NEEDLE = "needle"
     COPY = "copy"
+    GREATER_THAN = "greater-than"
+    COLOURED_OBJECTS = "coloured-objects"
+    AGREEMENT = "agreement"
+    DOCSTRING = "docstring"
+    CAPITALS = "capitals"
+
+
+def _task(given: str) -> str:
+    """A task's name, or a file of prompts; anything else is refused by its option."""
+    if given.lower().endswith(TASK_FILES) or given in list(SweepTask):
+        return given
+    raise typer.BadParameter(
+        f"{given!r} is no task: choose {', '.join(SweepTask)}, or give FILE.csv or FILE.jsonl."
+    )
 
 
 class Mode(StrEnum):
@@ -259,8 +281,19 @@ Show = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the sweep in --out; what is there is kept.")
 ]
-SweepTaskAsked = Annotated[SweepTask, typer.Option(help="What the model is asked to do.")]
-SweepPrompts = Annotated[int, typer.Option(min=1, help="Prompts of the task.", metavar="N")]
+SweepTaskAsked = Annotated[
+    str,
+    typer.Option(
+        parser=_task,
+        metavar="TASK|FILE",
+        help=f"What the model is asked to do: {', '.join(SweepTask)}; or prompts of your own in "
+        "FILE.csv or FILE.jsonl, with columns clean, corrupt, answer and wrong.",
+    ),
+]
+SweepPrompts = Annotated[
+    int,
+    typer.Option(min=1, help="Prompts of the task; of a file all are taken.", metavar="N"),
+]
 SweepMode = Annotated[
     Mode,
     typer.Option(
