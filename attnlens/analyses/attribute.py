@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from attnlens.analyses.attribution import Attribution
@@ -50,12 +51,14 @@ def attribute(
 
     """
     function = method_of(method)
-    try:
-        return function(lens, inputs, target, **settings)
-    except TypeError as error:
-        if settings and "unexpected keyword" in str(error):
-            raise InputError(f"The method {method} has another signature: {error}.") from error
-        raise
+    known = list(signature(function).parameters)[3:]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise InputError(
+            f"The method {method} has another signature: there is no {', '.join(unknown)}. Its "
+            f"settings are: {', '.join(known) or 'none'}."
+        )
+    return function(lens, inputs, target, **settings)
 
 
 def method_of(name: str) -> Callable[..., Attribution]:

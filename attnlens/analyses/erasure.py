@@ -7,7 +7,6 @@ and a setting of every result (`Replacement`).
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +21,7 @@ from attnlens.analyses.attribution import Attribution, over_tokens
 from attnlens.analyses.replacement import Kind, Replacement, Side, rule_for
 from attnlens.analyses.target import Explained, TargetSpec, settle
 from attnlens.errors import InputError
-from attnlens.hooks.probe import evaluating
-from attnlens.hooks.session import Observer, Session
+from attnlens.hooks.session import Observer
 from attnlens.hooks.tokens import Sides
 from attnlens.lens import Batch, Inputs, Lens
 
@@ -236,17 +234,11 @@ def random_attribution(
 def _value(
     lens: Lens, batch: Batch, explained: Explained, *observers: Observer
 ) -> Float[Tensor, " batch"]:
-    """The target's value on each prompt of a batch, in float64 on the CPU."""
-    inputs = dict(batch.inputs)
-    if "use_cache" in inspect.signature(lens.model.forward).parameters:
-        inputs.setdefault("use_cache", False)
-    watching = (*observers, *explained.observers(lens, batch))
-    session = Session(lens.model, lens.anatomy_for(batch), watching)
-    with torch.no_grad(), evaluating(lens.model), session:
-        value = explained.metric(lens.model(**inputs))
-    if value.shape != (batch.size,) or not bool(value.isfinite().all()):
+    """The target's value on each prompt of a batch, which has to be finite."""
+    value = explained.value(lens, batch, *observers)
+    if not bool(value.isfinite().all()):
         raise InputError(
-            f"The target is {list(value.shape)} values for {batch.size} prompts, or not finite: "
-            "give a function of the output to one finite number a prompt."
+            f"The target is not finite ({value.tolist()}), so no drop of it is known. Take another "
+            "one, or load the model in float32 (lens.logits shows its logits)."
         )
-    return value.double().cpu()
+    return value

@@ -24,10 +24,7 @@ from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import InputError
 from attnlens.graphs.flow import node_name, rollout_graph
 from attnlens.graphs.prune import prune_graph
-from attnlens.hooks.gradients import usable
-from attnlens.hooks.probe import evaluating
 from attnlens.hooks.residual import FINAL
-from attnlens.hooks.session import Session
 from attnlens.lens import Batch, Inputs, Lens, Trace
 
 
@@ -125,7 +122,7 @@ class Read:
             tokens=words,
             scores=placed[:, 0],
             target=self.explained.names,
-            value=self._value(),
+            value=self.explained.value(self.lens, self.batch),
             settings=asdict(self.settings) | {"stack": self.stack, "row": self.row},
             layers=placed if layer_names else None,
             layer_names=layer_names,
@@ -153,15 +150,6 @@ class Read:
             elif tokens.ids is not None:
                 found[side] = padded.new_zeros(*padded.shape[:2], tokens.ids.shape[1])
         return found
-
-    @torch.no_grad()
-    def _value(self) -> Float[Tensor, " batch"]:
-        """The target's value on each prompt."""
-        lens, batch = self.lens, self.batch
-        observers = self.explained.observers(lens, batch)
-        session = Session(lens.model, lens.anatomy_for(batch), observers)
-        with evaluating(lens.model), session:
-            return self.explained.metric(lens.model(**usable(lens.model, batch.inputs)))
 
 
 def _rows(

@@ -22,7 +22,7 @@ class ReadRows(Observer):
 
     Raises:
         InputError: reads that are no positions of prompts.
-        UnsupportedModelError: the model has no unembedding.
+        UnsupportedModelError: the model has no unembedding, or does not run it as a module.
 
     """
 
@@ -71,9 +71,10 @@ class ReadRows(Observer):
 
     def _check(self, *_: object) -> None:
         if not self._fired:
-            raise SeamError(
-                f"{self._name} did not run in this forward, so its logits are of all positions. "
-                "The model computes them in another way; read them without ReadRows."
+            raise UnsupportedModelError(
+                f"{self._name} did not run in this forward: the model computes its logits in "
+                "another way, and they are of all positions. Read them from its output yourself; "
+                "an attribution takes a function: target=lambda output: output.logits[:, 3, 17]."
             )
 
 

@@ -461,5 +461,5 @@ def test_an_unembedding_that_is_not_run_is_an_error() -> None:
             return hidden @ self.weight.T
 
     subject.model.lm_head = Tied()
-    with pytest.raises(SeamError, match="did not run"):
+    with pytest.raises(UnsupportedModelError, match="did not run"):
         subject.run(ReadRows(subject.anatomy, torch.tensor([[3], [1]])))
