@@ -14,7 +14,7 @@ import attnlens as al
 from attnlens.analyses.erasure import Eraser, leave_one_out, random_attribution
 from attnlens.analyses.replacement import Replacement
 from attnlens.analyses.target import Target
-from attnlens.errors import InputError
+from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.lens import Lens
 from attnlens.zoo import induction_model, small_path
 from tests.analyses.conftest import architecture
@@ -182,6 +182,18 @@ def test_the_source_and_the_token_that_finds_it_are_all_that_the_circuit_needs()
     hidden = leave_one_out(lens, [prompt], Target(13, 14)).of(0)
     assert set(hidden.topk(2).indices.tolist()) == {2, 3}
     assert hidden[[2, 3]].tolist() == pytest.approx([16, 16], abs=0.2)
+
+
+def test_a_mean_of_several_tables_is_refused() -> None:
+    """A mean is of one table; T5 whose decoder reads another one has two."""
+    lens = architecture("t5")
+    ids = torch.tensor([[5, 6, 7]])
+    leave_one_out(lens, {"input_ids": ids}, ASKED, "mean")
+    model = lens.model
+    own = torch.nn.Embedding.from_pretrained(model.decoder.embed_tokens.weight.detach().clone())
+    model.decoder.set_input_embeddings(own)
+    with pytest.raises(UnsupportedModelError, match=r"2 tables.*replacement='padding'"):
+        leave_one_out(lens, {"input_ids": ids}, ASKED, "mean")
 
 
 def test_special_tokens_stay_unless_they_are_asked_for(bert: Lens) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import attnlens as al
 from attnlens.analyses.attribution import Attribution
-from attnlens.analyses.deletion import BINS, Ends, delete, most, places
-from attnlens.analyses.erasure import Eraser, leave_one_out
+from attnlens.analyses.deletion import BINS, FRACTIONS, Ends, delete, most, places, ranks
+from attnlens.analyses.erasure import Eraser, leave_one_out, random_attribution
 from attnlens.analyses.faithfulness import MEASURES, Faithfulness, faithfulness
 from attnlens.analyses.judging import points_at
 from attnlens.analyses.rank_agreement import spearman
@@ -147,6 +147,62 @@ def test_curves_and_areas_are_those_of_prompts_erased_by_hand(
     assert float(found.sufficiency) == pytest.approx(sufficient, abs=1e-9)
 
 
+@settings(max_examples=10)
+@given(count=st.integers(2, 8), left=st.integers(0, 3), steps=st.integers(1, 9))
+def test_tokens_that_come_back_are_those_of_least_relevant_first_reversed(
+    random_lens: Lens, count: int, left: int, steps: int
+) -> None:
+    """Insertion as it is defined, by hand: prompts that hold the best k tokens and the read one.
+
+    Hidden tokens are tokens that are not there, others keep their positions.
+    """
+    draw = torch.Generator().manual_seed(10 * count + left)
+    ids = torch.randint(1, 39, (1, count), generator=draw)
+    scores = torch.randn(1, count, generator=draw)
+    padded = {
+        "input_ids": torch.cat([torch.zeros(1, left, dtype=torch.long), ids], dim=1),
+        "attention_mask": (torch.arange(left + count) >= left).long()[None],
+    }
+    eraser = Eraser(random_lens, padded, Target(5, 6), Replacement("padding"))
+    found = delete(eraser, scores, Ends.of(eraser), steps)
+    last, others = count - 1, scores[0, :-1].argsort(descending=True).tolist()
+
+    def holding(best: list[int]) -> float:
+        kept = torch.tensor([sorted([*best, last])])
+        mask = torch.ones_like(kept)
+        with torch.no_grad():
+            logits = random_lens.model(
+                input_ids=ids[:, kept[0]], position_ids=kept, attention_mask=mask
+            ).logits[0, -1]
+        return float(logits[5] - logits[6])
+
+    at = places(last, steps)
+    shares = [place / last for place in at]
+    inserted = [holding(others[:back]) for back in at]
+    deleted = [holding(others[gone:]) for gone in at]
+    assert found.areas[0].tolist() == pytest.approx(
+        [np.trapezoid(deleted, shares), np.trapezoid(inserted, shares)], abs=1e-9
+    )
+    backwards = np.interp(1 - FRACTIONS.numpy(), shares, inserted)
+    assert found.lerf[0].tolist() == pytest.approx(backwards.tolist(), abs=1e-9)
+
+
+@settings(max_examples=20)
+@given(scores=st.lists(st.integers(-2, 2), min_size=1, max_size=8), seed=st.integers(0, 3))
+def test_order_is_the_scores_and_reversed_with_them(scores: list[int], seed: int) -> None:
+    values = torch.tensor([scores]).double()
+    among = torch.arange(len(scores))[None] % 3 != 1
+    rank, back = ranks(values, among, seed)[0], ranks(-values, among, seed)[0]
+    own = among[0].nonzero()[:, 0]
+    assert sorted(rank[own].tolist()) == list(range(len(own)))
+    assert bool((rank[~among[0]] == len(scores)).all())
+    for one in own.tolist():
+        for other in own.tolist():
+            if scores[one] > scores[other]:
+                assert rank[one] < rank[other]
+                assert back[one] > back[other]
+
+
 def test_places_are_as_many_from_either_end() -> None:
     for count in range(1, 60):
         for steps in range(1, 13):
@@ -176,6 +232,25 @@ def test_random_scores_agree_with_nothing(random_lens: Lens) -> None:
     assert float(found["loo_spearman"].high[0]) < 0.2
     zero = found.over_random("abpc")
     assert [float(bound) for bound in zero] == [0, 0, 0]
+
+
+def test_random_scores_are_means_over_draws(random_lens: Lens) -> None:
+    task, asked = ragged(4), {"methods": ["random"], "replacement": NEUTRAL, "resamples": 1}
+    both = faithfulness(random_lens, task, **asked, draws=2)
+    for measure in ("deletion", "insertion", "comprehensiveness", "sufficiency", "loo_spearman"):
+        alone = [
+            faithfulness(
+                random_lens,
+                task,
+                {"drawn": partial(random_attribution, seed=draw)},
+                NEUTRAL,
+                resamples=1,
+            ).by_prompt[measure][0]
+            for draw in (0, 1)
+        ]
+        assert not torch.allclose(*alone), measure
+        assert torch.allclose(both.by_prompt[measure][0], sum(alone) / 2), measure
+    assert both.settings["draws"] == 2
 
 
 @pytest.mark.parametrize("kind", ["padding", "mean", NEUTRAL])
@@ -279,6 +354,7 @@ def test_what_cannot_be_judged_is_refused(random_lens: Lens) -> None:
     for match, asked in {
         "no attribution method 'lrq'": {"methods": ["lrq"]},
         "steps=0": {"steps": 0},
+        "draws=0": {"draws": 0},
         "bins=": {"bins": (0.0,)},
         "names 1 prompts": {"sources": [[1]]},
         "has no position 4": {"sources": [[4], [0], [0], [0]]},
