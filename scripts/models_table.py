@@ -23,6 +23,7 @@ import attnlens as al
 from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import AttnlensError, UnsupportedModelError
 from attnlens.hooks import seam
+from attnlens.hooks.backward import check_conservation
 from attnlens.hooks.probe import examine, output_tensors
 from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
@@ -54,6 +55,10 @@ mask, on inputs padded on the left and on the right.
   defined. Elsewhere a gate or a norm stands between; `z` and all statistics work there too.
 - **weights**: sites whose W_Q, W_K, W_V and W_O are found head by head (`lens.weights`). Elsewhere
   q, k or v is put together from several parts (latent attention) or transformed in between.
+- **relevance**: the conservation check of relevance propagation in float32: the largest share of
+  what was explained that its ledger does not account for. Required: 1e-4. Elsewhere the module that
+  makes or loses relevance is named, and `al.attnlrp`, `al.cp_lrp` and `al.chefer_lrp` refuse the
+  model.
 """
 REFUSED = """\
 
@@ -121,11 +126,13 @@ class Line:
     idle: bool
     output: str
     weights: str
+    relevance: str
     notes: str
 
     def __str__(self) -> str:
         cells = [self.name, self.kind, self.sites, self.double, self.single]
-        cells += ["unchanged" if self.idle else "CHANGED", self.output, self.weights, self.notes]
+        cells += ["unchanged" if self.idle else "CHANGED", self.output, self.weights]
+        cells += [self.relevance, self.notes]
         return "| " + " | ".join(cells) + " |"
 
 
@@ -139,6 +146,7 @@ def describe(architecture: Architecture) -> Line:
     found = sum(site.module in modules for site in anatomy.sites)
     idle = _idle(model, anatomy, inputs)
     single = _error(model, anatomy, architecture)
+    kept = check_conservation(model, anatomy, inputs)
     upcast = any(site.upcast for site in anatomy.sites)
     double = _error(model.double(), anatomy, architecture) if architecture.float64 else None
     return Line(
@@ -150,6 +158,7 @@ def describe(architecture: Architecture) -> Line:
         idle,
         _share(outputs, len(anatomy.sites)),
         _share(found, len(anatomy.sites)),
+        _number(kept.error) if kept.closes else f"refused: {kept.module}",
         architecture.notes.replace("|", "\\|"),
     )
 
@@ -263,8 +272,9 @@ def _refusal(
 def table(names: list[str]) -> Iterator[str]:
     """The lines of the table."""
     columns = ("architecture", "kind", "sites", "float64", "float32", "idle", "output", "weights")
-    yield "| " + " | ".join((*columns, "notes")) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
+    columns = (*columns, "relevance", "notes")
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
     for name in names:
         yield str(describe(ARCHITECTURES[name]))
 
