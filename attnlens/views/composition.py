@@ -8,13 +8,15 @@ from plotly.subplots import make_subplots
 
 from attnlens.analyses.composition import Composition
 from attnlens.anatomy import Head
-from attnlens.views.panels import domains, number_text
+from attnlens.views.panels import count_text, domains, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import colour_axis, styled
 
 KINDS = {"q": "by queries", "k": "by keys", "v": "by values"}
 LABELLED = 40
 """Heads along an axis that have room for a name each; of more, layers are named."""
+ROOMY = 12
+"""Names along the axes of a row of grids, halved, that fit side by side."""
 TOLD = 20_000
 """Cells whose hover texts a page can hold; of more the hover says the value."""
 
@@ -35,8 +37,10 @@ def show_composition(result: Composition) -> go.Figure:
     )
     rows, columns = len(result.senders), len(result.receivers)
     height = int(np.clip(18 * rows, 220, 620))
-    at = "" if result.offset is None else f", keys {result.offset} tokens before queries"
-    styled(figure, f"What heads read of earlier heads: composition less chance{at}", height + 150)
+    offset = "" if result.offset is None else f", {count_text(result.offset, 'token')} apart"
+    styled(
+        figure, f"What heads read of earlier heads: composition less chance{offset}", height + 150
+    )
     values = result.over_baseline.numpy()
     finite = values[np.isfinite(values)]
     top = max(float(np.abs(finite).max()) if finite.size else 1.0, 1e-6)
@@ -73,7 +77,12 @@ def _label_axes(figure: go.Figure, result: Composition) -> None:
     for number in range(len(result.kinds)):
         places, texts = _ticks(result.receivers)
         figure.update_xaxes(
-            title="receiver", tickvals=places, ticktext=texts, row=1, col=number + 1, tickangle=-60
+            title="receiver",
+            tickvals=places,
+            ticktext=texts,
+            tickangle=-90 if len(texts) * len(result.kinds) > 2 * ROOMY else 0,
+            row=1,
+            col=number + 1,
         )
     figure.update_xaxes(showgrid=False, zeroline=False, ticks="", tickfont_size=10)
     places, texts = _ticks(result.senders)

@@ -236,10 +236,11 @@ def test_norms_before_and_after_attention_are_found() -> None:
             assert written == (None if after is None else f"{site.block}.{after}")
 
 
-def test_the_trained_model_reads_its_previous_token_head_by_keys() -> None:
+def test_the_trained_model_reads_its_previous_token_heads_by_keys() -> None:
+    """All heads of layer 2 are induction heads; L0H3 and L1H7 look at the token before."""
     found = al.composition(al.load(small_path()), "k", receivers="L2", offset=1)
-    best = found.to_frame().head(5)
-    assert set(best["sender"]) == {"L0H3"}
+    best = found.to_frame().head(16)
+    assert list(best["sender"]) == ["L0H3"] * 8 + ["L1H7"] * 8
 
 
 def test_pair_scores_of_nothing_are_nan() -> None:
