@@ -24,6 +24,7 @@ PAGES = [
     "docs/ablation.md",
     "docs/attribution.md",
     "docs/faithfulness.md",
+    "docs/tasks.md",
 ]
 
 
