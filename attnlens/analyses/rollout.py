@@ -239,10 +239,9 @@ def chosen_sites(
         )
     stack = stack if stack is not None else "" if "" in stacks else next(iter(stacks), "")
     if stack not in stacks:
+        there = ", ".join(map(repr, stacks)) if any(stacks) else "one, without a name: give none"
         raise InputError(
-            f"There is no self-attention stack {stack!r} to roll out; there is "
-            + ", ".join(map(repr, stacks))
-            + "."
+            f"There is no self-attention stack {stack!r} to roll out; there is {there}."
         )
     heads = anatomy.heads if settings.heads is None else anatomy.find(settings.heads)
     numbers = {

@@ -302,6 +302,7 @@ def routes(
     top: explain.Top = 15,
     out: explain.GraphOut = None,
     file: explain.PromptFile = None,
+    stack: explain.Stack = None,
     tokenizer: ask.Tokenizer = None,
     device: ask.Device = None,
     dtype: ask.Dtype = None,
@@ -310,7 +311,7 @@ def routes(
 
     Example: attnlens routes MODEL "Ann met Ben. Ben saw" --threshold 0.02 --out routes.json
     """
-    asked = PathsAsked(read_prompt(text, file), "routes", target, threshold, top, out)
+    asked = PathsAsked(read_prompt(text, file), "routes", target, threshold, top, out, stack=stack)
     _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
 
 
@@ -332,9 +333,9 @@ def faithfulness(
 ) -> None:
     """Say which attribution method to believe: erase tokens and see whose scores foretold it.
 
-    Every method scores the tokens of each prompt for the right answer against the wrong one. The
-    scores are held against leave-one-out and the gradient, tokens are deleted in their order, and
-    all of it stands beside random scores.
+    Every method scores the tokens of each prompt for the right answer against the wrong one.
+    The scores are held against leave-one-out and the gradient, tokens are deleted in their
+    order, and all of it stands beside random scores.
 
     Example: attnlens faithfulness MODEL --task ioi --methods attnlrp,rollout --out judged
     """

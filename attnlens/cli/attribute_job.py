@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 
 from attnlens.analyses.attribute import method_of
 from attnlens.analyses.attribution import Attribution
+from attnlens.analyses.fusing import RolloutSettings
 from attnlens.analyses.target import Target
 from attnlens.cli.asked import ModelAsked, ScoresAsked
 from attnlens.cli.opening import open_checked
@@ -19,9 +21,9 @@ from attnlens.cli.output import staged
 from attnlens.cli.progress import progress
 from attnlens.cli.prompt import check_place
 from attnlens.cli.terminal import print_scores, score_table
-from attnlens.errors import InputError
+from attnlens.errors import AttnlensError, InputError
 from attnlens.files import write_atomically
-from attnlens.graphs.export import SUFFIXES
+from attnlens.graphs.export import SUFFIXES, export_graph
 from attnlens.lens import Lens
 from attnlens.views.attribution import show_attribution
 from attnlens.views.attribution_part import attribution_lines, attribution_part, ranked
@@ -30,8 +32,9 @@ from attnlens.views.panels import number_text
 from attnlens.views.report_parts import write_page
 from attnlens.views.theme import visible
 
-FILES = (".csv", ".html")
-OTHERS = (*(s for s in SUFFIXES if s not in FILES), ".parquet", ".png", ".pdf", ".svg", ".txt")
+GRAPHS = tuple(suffix for suffix in SUFFIXES if suffix != ".csv")
+FILES = (".csv", ".html", *GRAPHS)
+OTHERS = (".parquet", ".png", ".pdf", ".svg", ".jpg", ".txt", ".md", ".tsv", ".xlsx", ".npz", ".pt")
 """Suffixes that nobody gives to a folder."""
 ID = "id:"
 
@@ -45,6 +48,8 @@ def explain(model: ModelAsked, asked: ScoresAsked) -> None:
     settings = _settings(function, asked)
     target = Target(_token(asked.target), _token(asked.against), asked.at)
     is_file = asked.out is not None and check_place(asked.out, FILES, OTHERS)
+    if asked.out is not None and is_file and asked.out.suffix.lower() in GRAPHS:
+        settings = _with_maps(function, settings)
     with progress() as steps:
         lens = open_checked(model, steps)
         check_reads_text(lens)
@@ -74,15 +79,20 @@ def _scored(
 ) -> Attribution:
     try:
         return function(lens, asked.text, target, **settings)
-    except (TypeError, ValueError) as error:
-        if not settings:
+    except (TypeError, ValueError, AttributeError) as error:
+        if not settings or isinstance(error, AttnlensError):
             raise
         raise InputError(f"{asked.method} cannot be run with --set as given: {error}.") from error
 
 
 def _settings(function: Callable[..., Attribution], asked: ScoresAsked) -> dict[str, Any]:
-    """What `--set` gives the method: JSON where it is some, else text."""
+    """What `--set` gives the method: JSON where it is some, else text.
+
+    The settings of a rollout are given by their own names.
+    """
     known = list(inspect.signature(function).parameters)[3:]
+    grouped = [field.name for field in fields(RolloutSettings)] if "settings" in known else []
+    known = [*(name for name in known if name != "settings"), *grouped]
     found: dict[str, Any] = {}
     for pair in asked.settings:
         name, equals, value = pair.partition("=")
@@ -95,7 +105,17 @@ def _settings(function: Callable[..., Attribution], asked: ScoresAsked) -> dict[
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
-    return found
+    own = {name: found.pop(name) for name in grouped if name in found}
+    try:
+        return found | ({"settings": RolloutSettings(**own)} if own else {})
+    except TypeError as error:
+        raise InputError(f"{asked.method} cannot take --set as given: {error}.") from error
+
+
+def _with_maps(function: Callable[..., Attribution], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with scores of edges, of which a graph is made, where the method has them."""
+    has_maps = "maps" in inspect.signature(function).parameters
+    return {"maps": "all"} | settings if has_maps else settings
 
 
 def _token(given: str | None) -> str | int | None:
@@ -114,6 +134,8 @@ def _write(found: Attribution, lens: Lens, name: str, out: Path, is_file: bool) 
             part = attribution_part(found)
             title = f"{found.method} on {name}"
             write_page(folder, title, model_line(lens.anatomy), part.lines, [part])
+    elif out.suffix.lower() in GRAPHS:
+        export_graph(found.graph(), out)
     elif out.suffix.lower() == ".csv":
         write_atomically(out, found.to_frame().to_csv(index=False, lineterminator="\n"))
     else:

@@ -70,7 +70,8 @@ ScoresOut = Annotated[
     Path | None,
     typer.Option(
         help="A folder for a page with figures and tables, or a file: .csv for the scores, .html "
-        "for the figure.",
+        "for the figure, .gexf, .graphml, .json, .cyjs or .dot for the graph of a method that has "
+        "one.",
         metavar="DIR|FILE",
     ),
 ]
@@ -114,6 +115,8 @@ RouteThreshold = Annotated[
 Stack = Annotated[
     str | None,
     typer.Option(
-        help="enc or dec, of a model that has both.", metavar="NAME", rich_help_panel=MODEL
+        help="The stack of a model that has several: enc, dec.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
     ),
 ]

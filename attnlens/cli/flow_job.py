@@ -74,14 +74,15 @@ def _flow(lens: Lens, asked: PathsAsked) -> _Paths:
     found = attention_flow(trace, targets=asked.target, stack=asked.stack)
     frame, words = found.to_frame(), found.tokens[0]
     graph = found.graph(asked.target, asked.source, threshold=asked.threshold)
-    source = graph.nodes[graph.graph["source"]]["position"]
+    target, source = found.targets[0][0], graph.nodes[graph.graph["source"]]["position"]
+    _check_joined(words, source, target, bool(graph.number_of_edges()))
     cells = [
         (number_text(r["flow"]), number_text(r["share"]), number_text(r["rollout"]),
          "yes" if r["saturated"] else "no")
         for r in frame.to_dict("records")
     ]  # fmt: skip
     return _Paths(
-        f"Attention flow to {_place(words, found.targets[0][0])}",
+        f"Attention flow to {_place(words, target)}",
         words,
         frame["flow"].tolist(),
         ("flow", "share", "rollout", "saturated"),
@@ -95,13 +96,15 @@ def _rollout(lens: Lens, asked: PathsAsked) -> _Paths:
     found = rollout(lens.run(asked.text, keep=("pattern",)), stack=asked.stack)
     words = found.tokens[0]
     place = _position(asked.target, len(words))
-    whole = rollout_graph(found, threshold=asked.threshold)
-    top = max(int(data["layer"]) for _, data in whole.nodes(data=True))
+    shares = found.of(0)[-1, place].double().tolist()
     source = None
     if asked.source is not None:
-        lowest = min(int(data["layer"]) for _, data in whole.nodes(data=True))
-        source = node_name(lowest, _position(asked.source, len(words), "--source"))
-    shares = found.of(0)[-1, place].double().tolist()
+        source = _position(asked.source, len(words), "--source")
+        _check_joined(words, source, place, shares[source] > 0)
+    # the strongest edges of all may lead past one source
+    whole = rollout_graph(found, threshold=asked.threshold if source is None else 0)
+    levels = [int(data["layer"]) for _, data in whole.nodes(data=True)]
+    start = None if source is None else node_name(min(levels), source)
     return _Paths(
         f"Rollout to {_place(words, place)}",
         words,
@@ -109,12 +112,12 @@ def _rollout(lens: Lens, asked: PathsAsked) -> _Paths:
         ("share",),
         [(number_text(share),) for share in shares],
         found.notes,
-        prune_graph(whole, node_name(top, place), source, asked.threshold),
+        prune_graph(whole, node_name(max(levels), place), start, asked.threshold),
     )
 
 
 def _routes(lens: Lens, asked: PathsAsked) -> _Paths:
-    found = routes(lens, asked.text, asked.target, asked.threshold)
+    found = routes(lens, asked.text, asked.target, asked.threshold, asked.stack)
     words, shares = found.tokens[0], found.of(0).double().tolist()
     heads = found.heads_frame().nlargest(5, "passing").to_dict("records")
     named = ", ".join(f"{h['head']} {number_text(h['passing'])}" for h in heads if h["passing"] > 0)
@@ -138,6 +141,14 @@ def _position(given: int, count: int, option: str = "--target") -> int:
     if not -count <= given < count:
         raise InputError(f"{option} {given} is not in the text, which has {count} tokens.")
     return given % count
+
+
+def _check_joined(words: Sequence[str], source: int, target: int, joined: bool) -> None:
+    if not joined:
+        raise InputError(
+            f"No attention leads from {_place(words, source)} to {_place(words, target)}: choose "
+            "another --source."
+        )
 
 
 def _place(words: Sequence[str], position: int) -> str:

@@ -156,6 +156,14 @@ def test_a_method_a_setting_or_an_id_that_is_not_there(refused):
     assert "position 99 is not in prompt 0, which has 11 tokens" in said
     said = refused("attribute", model, TEXT, "--set", "batch_size=many", late=True)
     assert "cannot be run with --set as given" in said
+    said = refused("attribute", model, TEXT, "--method", "rollout", "--set", "residual=2")
+    assert "residual=2 is out of range" in said
+    said = refused("attribute", model, TEXT, "--method", "rollout", "--set", "residual=much")
+    assert "rollout cannot take --set as given" in said
+    said = refused("attribute", model, TEXT, "--method", "rollout", "--set", "settings={}")
+    assert "rollout has no setting 'settings'; it has stack, row, fuse, residual" in said
+    said = refused("attribute", model, TEXT, "--method", "rollout", "--set", "row=99", late=True)
+    assert "attnlens: target=99 is not in prompt 0" in said  # what it says by itself
 
 
 def test_a_text_that_is_not_there(refused, tmp_path, monkeypatch):
@@ -173,8 +181,8 @@ def test_a_text_that_is_not_there(refused, tmp_path, monkeypatch):
 def test_a_place_that_cannot_be(refused, tmp_path):
     model, taken = small_path(), tmp_path / "taken"
     taken.write_text("mine")
-    said = refused("attribute", model, TEXT, "--out", tmp_path / "a.gexf")
-    assert "has the suffix '.gexf'; give a folder, or a file with .csv, .html" in said
+    said = refused("attribute", model, TEXT, "--out", tmp_path / "a.xlsx")
+    assert "has the suffix '.xlsx'; give a folder, or a file with .csv, .html, .graphml" in said
     assert "taken is a file" in refused("attribute", model, TEXT, "--out", taken)
     for command in ("flow", "routes"):
         said = refused(command, model, TEXT, "--out", tmp_path / "a.png")
@@ -184,6 +192,43 @@ def test_a_place_that_cannot_be(refused, tmp_path):
     assert taken.read_text() == "mine"
 
 
+def test_attribute_writes_the_graph_of_a_method_that_has_one(run, refused, tmp_path):
+    lens = al.load(small_path())
+    for method in ("attnlrp", "attention_flow"):
+        out = tmp_path / f"{method}.gexf"
+        run("attribute", TEXT, "--method", method, "--out", out)
+        more = {"maps": "all"} if method == "attnlrp" else {}
+        wanted = al.attribute(lens, TEXT, method=method, **more).graph()
+        assert set(al.load_graph(out).edges(keys=True)) == set(wanted.edges(keys=True))
+    said = refused(
+        "attribute", small_path(), TEXT, "--method", "random", "--out", tmp_path / "a.json",
+        late=True,
+    )  # fmt: skip
+    assert "random traces no graph" in said
+
+
+def test_settings_of_a_rollout_go_by_their_names(run):
+    said = run("attribute", TEXT, "--method", "rollout", "--set", "residual=0.9", "--top", 1)
+    settings = al.RolloutSettings(residual=0.9)
+    found = al.attribute(al.load(small_path()), TEXT, method="rollout", settings=settings)
+    assert rows(said)[0][2] == f"{found.of(0).max():.2f}"
+
+
+def test_a_flow_that_is_spread_thin_has_a_path(run, tmp_path):
+    """No edge of weight .9 carries anything, and the path is there all the same."""
+    for method, more in (("attention_flow", ()), ("rollout", ("--source", 1))):
+        out = tmp_path / f"{method}.json"
+        run("flow", TEXT, "--method", method, "--threshold", 0.9, "--out", out, *more)
+        graph = al.load_graph(out)
+        ends = {0: set(), 1: set()}
+        for node in graph:
+            for side, degree in enumerate((graph.in_degree(node), graph.out_degree(node))):
+                if not degree:
+                    ends[side].add(node)
+        assert len(ends[0]) == 1
+        assert ends[1] == {"L4P10"}
+
+
 def test_positions_that_the_text_does_not_have(refused):
     model = small_path()
     for command in ("flow", "routes"):
@@ -191,6 +236,13 @@ def test_positions_that_the_text_does_not_have(refused):
     for more in (("--target", 11), ("--source", 11)):
         said = refused("flow", model, TEXT, "--method", "rollout", *more, late=True)
         assert f"{more[0]} 11 is not in the text, which has 11 tokens" in said
+    for method in ("attention_flow", "rollout"):
+        said = refused(
+            "flow", model, TEXT, "--method", method, "--target", 1, "--source", 3, late=True
+        )
+        assert "No attention leads from ·is at 3 to The at 1" in said
+    said = refused("routes", model, TEXT, "--stack", "vision", late=True)
+    assert "Say which stack" in said
 
 
 def test_a_model_without_a_tokenizer(refused, wired_model):
