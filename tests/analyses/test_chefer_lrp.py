@@ -38,6 +38,32 @@ def test_positive_linear_hands_down_by_positive_products() -> None:
     assert torch.allclose(found.sum(), (y * upstream).sum(), atol=1e-12)  # all of it arrives
 
 
+def test_positive_linear_takes_a_map_a_block() -> None:
+    """Recurrent Gemma's gates: blocks of channels, each with its own map."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((2, 3, 5), (2, 4, 5), (2, 1, 4))
+    )
+    x.requires_grad_()
+    y = positive_linear(x, weight, bias)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    for block in range(2):
+        alone = positive_linear(x[block], weight[block], bias[block, 0])
+        assert torch.allclose(y[block], alone)
+        (expected,) = torch.autograd.grad(alone.square().sum(), x)
+        assert torch.allclose(gradient[block], expected[block])
+
+
+def test_a_model_of_such_maps_is_explained() -> None:
+    lens = architecture("recurrent_gemma")
+    found = attribute(lens, [[5, 9, 13, 7]], al.Target(5, 6), method="chefer_lrp")
+    with torch.no_grad():
+        logits = lens.model(torch.tensor([[5, 9, 13, 7]])).logits[:, -1]
+    assert torch.allclose(found.value.double(), logits[:, 5] - logits[:, 6])
+    assert found.scores.isfinite().all()
+
+
 def test_an_output_without_positive_products_hands_nothing_down() -> None:
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     y = positive_linear(x, torch.tensor([[-1.0, -1.0]]), torch.tensor([5.0]))

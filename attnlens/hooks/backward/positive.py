@@ -18,7 +18,10 @@ class _PositiveLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found = torch.nn.functional.linear(x, weight, bias)
+        if weight.ndim == 2:
+            found = torch.nn.functional.linear(x, weight, bias)
+        else:
+            found = x @ weight.mT if bias is None else x @ weight.mT + bias
         ctx.save_for_backward(x, weight, found)
         return found
 
@@ -26,12 +29,12 @@ class _PositiveLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, found = ctx.saved_tensors
         up, down = weight.clamp(min=0), weight.clamp(max=0)
-        total = x.clamp(min=0) @ up.T + x.clamp(max=0) @ down.T
+        total = x.clamp(min=0) @ up.mT + x.clamp(max=0) @ down.mT
         shares = torch.where(total > 0, found * gradients[0] / total, 0)
         return torch.where(x > 0, shares @ up, shares @ down), None, None
 
 
 def positive_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` under the alpha = 1 rule; `weight` is `out in`."""
+    """`x W^T + b` under the alpha = 1 rule; `weight` is `out in`, or `batch out in`."""
     found: Tensor = _PositiveLinear.apply(x, weight, bias)
     return found

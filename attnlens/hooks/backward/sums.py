@@ -73,13 +73,14 @@ def linear(asked: Asked) -> Any:
 
 def addmm(asked: Asked) -> Any:
     """`beta b + alpha X Y`: b keeps its share; X and Y get half each where both depend."""
-    bias, beta = asked.argument(0, "input"), asked.kwargs.get("beta", 1)
+    bias = asked.argument(0, "input")
+    beta, alpha = (asked.kwargs.get(name, 1) for name in ("beta", "alpha"))
     given = (asked.kwargs[name] for name in _FACTORS if name in asked.kwargs)
     one, other = [*asked.args[1:], *given]
     if asked.rule.positive and not depends(other):
-        return positive_linear(one, other.T, bias)
+        return positive_linear(alpha * one, other.mT, beta * bias)
     if depends(one) and depends(other):
-        found = beta * bias + asked.kwargs.get("alpha", 1) * scaled(one @ other, 0.5)
+        found = beta * bias + alpha * scaled(one @ other, 0.5)
     else:
         found = asked.plain()
     if depends(found) and not depends(bias):
