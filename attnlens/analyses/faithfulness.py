@@ -169,8 +169,9 @@ def faithfulness(
 ) -> Faithfulness:
     """Hold attribution methods against what erasing tokens does: Spearman, deletion, pointing.
 
-    The measures are defined at `Faithfulness`. A method that refuses the model is left out with
-    its reason; random scores are always there.
+    The measures are defined at `Faithfulness`. A method that refuses the model, or that torch stops
+    (out of memory, an operation that is not there), is left out with its reason; random scores are
+    always there.
 
     Args:
         lens: the model.

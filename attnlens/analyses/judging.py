@@ -80,8 +80,8 @@ class Bench:
             return None
         try:
             return _aligned(method_of(GRADIENT), self.lens, own, eraser)
-        except AttnlensError as error:
-            self.no_gradient = str(error)
+        except (AttnlensError, RuntimeError) as error:
+            self.no_gradient = _told(error)
             return None
 
     def _scores(
@@ -100,8 +100,8 @@ class Bench:
             return [known]
         try:
             return [_aligned(each or method_of(name), self.lens, own, eraser) for each in draws]
-        except AttnlensError as error:
-            self.failed[name] = str(error)
+        except (AttnlensError, RuntimeError) as error:  # one may break where the others do not
+            self.failed[name] = _told(error)
             self.found.pop(name, None)
             return []
 
@@ -157,6 +157,11 @@ class Bench:
             yield "One prompt gives no interval over prompts; give several."
         for name, why in self.failed.items():
             yield f"{name} did not score: {why}"
+
+
+def _told(error: Exception) -> str:
+    """What an error says; by its kind, where it is torch's and not a refusal."""
+    return str(error) if isinstance(error, AttnlensError) else f"{type(error).__name__}: {error}"
 
 
 def points_at(

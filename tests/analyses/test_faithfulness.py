@@ -72,6 +72,10 @@ def refusing(lens: Lens, inputs: Any, target: Any) -> Attribution:
     raise InputError("not this model.")
 
 
+def breaking(lens: Lens, inputs: Any, target: Any) -> Attribution:
+    raise torch.OutOfMemoryError("Tried to allocate 9 TiB.")
+
+
 def row(found: Faithfulness, method: str) -> dict[str, float]:
     at = found.methods.index(method)
     return {measure: float(found[measure].mean[at]) for measure in MEASURES}
@@ -319,7 +323,8 @@ def test_a_method_that_refuses_is_told_of_and_the_others_go_on(random_lens: Lens
             "f", tuple(w[:3] for w in found.tokens), found.scores, ("",), found.value
         )
 
-    methods = {"no": refusing, "fewer": fewer, "nan": given_scores(torch.full((4, 10), torch.nan))}
+    nowhere = given_scores(torch.full((4, 10), torch.nan))
+    methods = {"no": refusing, "fewer": fewer, "nan": nowhere, "large": breaking}
     seen: list[tuple[int, int]] = []
     found = faithfulness(
         random_lens, ragged(4), methods, NEUTRAL, progress=lambda *done: seen.append(done)
@@ -328,8 +333,9 @@ def test_a_method_that_refuses_is_told_of_and_the_others_go_on(random_lens: Lens
     assert found.failed["no"] == "not this model."
     assert "it scores 3 tokens where" in found.failed["fewer"]
     assert "not all finite" in found.failed["nan"]
+    assert found.failed["large"] == "OutOfMemoryError: Tried to allocate 9 TiB."
     assert any("no did not score: not this model." in note for note in found.notes)
-    assert seen[-1] == (16, 16)
+    assert seen[-1] == (20, 20)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
