@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 import attnlens as al
 from attnlens.analyses.attribute import METHODS
 from attnlens.analyses.faithfulness import Faithfulness
+from attnlens.analyses.replacement import Kind
 from attnlens.lens import Lens
 from attnlens.tasks import Task
 from attnlens.views.theme import colour_axis, position_labels, styled, visible
@@ -45,7 +46,7 @@ def task_of(name: str) -> tuple[Lens, Task]:
 
 
 @cache
-def judged(name: str, replacement: str = "padding") -> Faithfulness:
+def judged(name: str, replacement: Kind = "padding") -> Faithfulness:
     """All methods on one task."""
     lens, task = task_of(name)
     return al.faithfulness(lens, task, replacement=replacement)
@@ -71,11 +72,11 @@ def side_by_side(name: str, title: str) -> go.Figure:
     """The first prompt of a task by every method, each row in shares of its largest score."""
     lens, task = task_of(name)
     first = task.subset([0])
-    rows: list[np.ndarray] = []
-    for method in METHODS[:-1]:
-        found = al.attribute(lens, first.clean_inputs(), al.Target.of_task(first), method)
-        scores = found.of(0).double().numpy()
-        rows.append(scores / np.abs(scores).max())
+    target = al.Target.of_task(first)
+    every = [al.attribute(lens, first.clean_inputs(), target, method) for method in METHODS[:-1]]
+    found = every[0]
+    scores = [each.of(0).double().numpy() for each in every]
+    rows = [own / np.abs(own).max() for own in scores]
     labels = position_labels(found.tokens[0], len(found.tokens[0]))
     figure = go.Figure(go.Heatmap(z=rows, y=METHODS[:-1], coloraxis="coloraxis", xgap=1, ygap=1))
     explained = visible(found.target[0], 60)
@@ -102,12 +103,13 @@ def denied() -> go.Figure:
 
 def table() -> None:
     """A table a measure and replacement: methods down, tasks across."""
-    for measure, replacement in (
+    asked: list[tuple[str, Kind]] = [
         ("abpc", "padding"),
         ("pointing", "padding"),
         ("loo_spearman", "padding"),
         ("abpc", "neutral"),
-    ):
+    ]
+    for measure, replacement in asked:
         found = {name: judged(name, replacement) for name in TASKS}
         columns = {name: cells(result, measure) for name, result in found.items()}
         index = next(iter(found.values())).methods
