@@ -44,7 +44,7 @@ def test_the_span_is_the_country(any_model):
 
 def test_capitals_of_one_token_are_preferred():
     """France, Italy and their capitals are tokens, the rest is letters: only those are asked."""
-    known = ["France", "Paris", "Italy", "Rome"]
+    known = ["France", "Paris", "Italy", "Rome", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     model = models.of_words([f" {word}" for word in known] * 20)
     asked = {read(text)[1] for text in capitals(model, prompts=30).texts}
     assert asked == {"France", "Italy"}
