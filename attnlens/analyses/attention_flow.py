@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import index
 
 import networkx as nx
 import numpy as np
@@ -243,7 +244,7 @@ def _positions(asked: Positions, length: int, role: str, prompt: int) -> tuple[i
     """Positions among a prompt's tokens, counted from its start."""
     if asked is None:
         return tuple(range(length))
-    each = [asked] if isinstance(asked, int) else list(asked)
+    each = [index(place) for place in np.ravel(asked)]
     wrong = [place for place in each if not -length <= place < length]
     if wrong or not each:
         raise InputError(

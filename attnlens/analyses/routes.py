@@ -22,9 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -160,11 +162,14 @@ def route_scores(
 
     Edge weights are multiplied along paths from the target down and summed over paths, so scores
     are not negative and, with what ends in biases, sum to 1. The token that the target names does
-    not matter, only its position. Errors as of `routes`.
+    not matter, only its position: that of its logits, and of a classifier or a function the last
+    under causal attention, else the first. Errors as of `routes`.
     """
     batch = lens.encode(inputs)
     explained = settle(lens, batch, target)
     at = target.at if isinstance(target, Target) else -1
+    if explained.reads is None:
+        at = -1 if _sites(lens.anatomy_for(batch), stack)[-1].causal else 0
     output, traced, sites = _run(lens, batch, at, threshold, stack, explained)
     found = _result(lens, batch, traced, sites, threshold)
     scores = found.arriving[:, 0]
@@ -240,7 +245,7 @@ def _sites(anatomy: Anatomy, stack: str | None) -> tuple[Site, ...]:
 def _places(tokens: Tokens, shape: Sequence[int], target: int | Sequence[int]) -> tuple[int, ...]:
     """The padded position of each prompt's target."""
     batch, length = shape
-    wanted = [target] * batch if isinstance(target, int) else list(target)
+    wanted = [index(place) for place in np.ravel(target)] * (1 if np.ndim(target) else batch)
     if len(wanted) != batch:
         raise InputError(f"target names {len(wanted)} positions for {batch} prompts.")
     real = tokens.cut(length).real

@@ -188,6 +188,7 @@ def test_targets_and_sources_are_chosen(random_lens: Lens, ids: Tensor) -> None:
     assert some.targets == ((11,), (11,))
     assert some.sources == ((0, 9), (0, 9))
     assert torch.equal(some.flow, whole.flow[:, [11]][:, :, [0, 9]])
+    assert attention_flow(trace, np.int64(-1), np.array([0, 9])).sources == some.sources
     assert some.to_frame()["source"].tolist() == [0, 9]
     with pytest.raises(InputError, match=r"no target \[12\] in prompt 0, which has 12 tokens"):
         attention_flow(trace, targets=12)

@@ -1,6 +1,7 @@
 """Routes against all parts taken apart at once, every path followed, and the hand-wired circuit."""
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -299,6 +300,16 @@ def test_a_sum_without_proximities_follows_the_residual() -> None:
     assert proximity(one, 3 * one).tolist() == proximity(one, -2 * one).tolist() == [0.0]
 
 
+def test_a_part_of_exactly_the_threshold_is_kept() -> None:
+    quarter = torch.tensor([0.25], dtype=torch.float64)
+    shares = Shares(2 * quarter, quarter, 0 * quarter, quarter[:, None, None])
+    kept = shares.kept(0.25)
+    assert (kept.residual, kept.mlp, kept.attention.flatten()) == (2 * quarter, quarter, quarter)
+    bias = Shares(2 * quarter, quarter, quarter, torch.zeros(0, 1, 0, dtype=torch.float64))
+    assert bias.kept(0.25).bias == quarter
+    assert bias.kept(0.26).residual == 1  # the others are dropped, a weak bias among them
+
+
 def test_scores_are_what_arrives_and_the_ledger_closes() -> None:
     lens, ids = _lens(), torch.tensor([[3, 17, 8, 25, 8, 11, 2], [5, 6, 7, 8, 9, 10, 11]])
     target = al.analyses.target.Target(7, at=4)
@@ -317,6 +328,22 @@ def test_scores_are_what_arrives_and_the_ledger_closes() -> None:
     assert found.layers is not None
     assert found.layer_names == ("L0", "L1", "L2", "final")
     assert torch.allclose(found.layers[:, -1].sum(-1), torch.ones(2))
+
+
+def test_a_function_is_explained_at_the_first_position_where_attention_looks_both_ways() -> None:
+    lens, ids = architecture("bert"), torch.tensor([[5, 6, 7, 8, 9]])
+    found = route_scores(lens, ids, lambda output: output.logits[:, 0, 5])
+    assert found.settings["at"] == (0,)
+    assert torch.equal(found.scores, routes(lens, ids, 0).arriving[:, 0])
+    causal = route_scores(_lens(), ids, lambda output: output.logits[:, -1, 5])
+    assert causal.settings["at"] == (4,)
+
+
+def test_positions_may_be_numpys() -> None:
+    ids = torch.tensor([[3, 17, 8, 25], [5, 6, 7, 8]])
+    wanted = routes(_lens(), ids, [2, 2])
+    for target in (np.int64(2), np.array([2, -2])):
+        assert routes(_lens(), ids, target).target == wanted.target
 
 
 def test_the_model_is_left_as_it_was() -> None:
