@@ -32,6 +32,8 @@ CLIP = 0.97
 """Share of the tokens whose scores the colours tell apart."""
 LABELS = 60
 GRID, EDGE, REST = "#e4e6e2", "#c9cdc9", "#9aa3a3"
+DARK, LETTERS, ON_DARK = 0.5, "#22262a", "#fdfdfb"
+"""Share of the largest score whose colour is dark, and colours of letters on light and on dark."""
 
 Scores = Float[np.ndarray, " position"]
 
@@ -68,6 +70,13 @@ def target_text(found: Attribution, prompt: int) -> str:
     return visible(found.target[prompt], 60).replace("'\u00b7-\u00b7'", "' \u2212 '")
 
 
+def ledger_heading(found: Attribution, ledger: Ledger, prompt: int) -> str:
+    """What the ledger tells; routes share out 1, whatever the value."""
+    whole, value = float(ledger.value[prompt]), float(found.value[prompt])
+    named = "the value" if abs(whole - value) <= 1e-3 * abs(value) else "the whole"
+    return f"Where {named} {number_text(whole)} went"
+
+
 def _tokens(found: Attribution, prompt: int) -> go.Figure:
     words, scores = found.tokens[prompt], found.of(prompt).double().cpu().numpy()
     written = len(words) <= MOST_TOKENS
@@ -78,8 +87,7 @@ def _tokens(found: Attribution, prompt: int) -> go.Figure:
     ends = f"; colours end at {'±' * bool((scores < 0).any())}{_exact(top)}" if clipped else ""
     parts = [(f"Text{ends}", LINE * lines)] * written + [("Scores", BARS)]
     if found.ledger is not None:
-        value = number_text(float(found.ledger.value[prompt]))
-        parts.append((f"Where the value {value} went", ENTRY * entries))
+        parts.append((ledger_heading(found, found.ledger, prompt), ENTRY * entries))
     figure = make_subplots(len(parts), 1, subplot_titles=[name for name, _ in parts])
     gaps = ([HEADING] * written + [TICKS])[: len(parts) - 1]
     height = sum(size for _, size in parts) + sum(gaps)
@@ -89,7 +97,7 @@ def _tokens(found: Attribution, prompt: int) -> go.Figure:
     _stack(figure, [size for _, size in parts], gaps)
     labels = position_labels(words, len(words))
     if written:
-        _add_text(figure, words, cells, scores, labels)
+        _add_text(figure, words, cells, scores, top, labels)
     _add_bars(figure, scores, labels, 1 + written)
     if found.ledger is not None:
         _add_ledger(figure, found.ledger, prompt, len(parts))
@@ -150,6 +158,7 @@ def _add_text(
     words: Sequence[str],
     cells: Sequence[tuple[int, int, int]],
     scores: Scores,
+    top: float,
     labels: Sequence[str],
 ) -> None:
     """The tokens as cells in the colour of their scores, line under line."""
@@ -167,7 +176,8 @@ def _add_text(
             insidetextanchor="middle",
             textangle=0,
             constraintext="none",
-            textfont={"size": 13},
+            # Named here: plotly's own choice warns in the browser's console.
+            textfont={"size": 13, "color": np.where(abs(scores) > DARK * top, ON_DARK, LETTERS)},
             customdata=_hover(labels, scores),
             hovertemplate="%{customdata}<extra></extra>",
         ),

@@ -9,7 +9,12 @@ import numpy as np
 import pandas as pd
 
 from attnlens.analyses.attribution import Attribution
-from attnlens.views.attribution import show_attribution, target_text, title_of
+from attnlens.views.attribution import (
+    ledger_heading,
+    show_attribution,
+    target_text,
+    title_of,
+)
 from attnlens.views.panels import number_text
 from attnlens.views.report_parts import Drawn, Part, Table
 from attnlens.views.theme import visible
@@ -112,9 +117,8 @@ def _ledger_line(found: Attribution, prompt: int) -> str:
     assert found.ledger is not None
     parts = [(name, float(part[prompt])) for name, part in found.ledger.entries.items()]
     told = ", ".join(f"{name} {number_text(part)}" for name, part in parts)
-    value = number_text(float(found.ledger.value[prompt]))
     remainder, error = (
         float(part[prompt]) for part in (found.ledger.remainder, found.ledger.error)
     )
     rest = number_text(remainder) if error > 1e-3 else f"{remainder:.1g}".replace("-", "\u2212")
-    return f"Where the value {value} went: {told}; remainder {rest}."
+    return f"{ledger_heading(found, found.ledger, prompt)}: {told}; remainder {rest}."

@@ -52,7 +52,7 @@ LONGEST = 14
 def styled(figure: go.Figure, title: str, height: int, width: int | None = None) -> go.Figure:
     """The figure with the house's font, margins and title."""
     figure.update_layout(
-        title={"text": html.escape(title), "x": 0, "xref": "paper", "font": {"size": 16}},
+        title={"text": escaped(title), "x": 0, "xref": "paper", "font": {"size": 16}},
         font={"family": FONT, "size": 12, "color": "#22262a"},
         paper_bgcolor="#fdfdfb",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -74,7 +74,7 @@ def colour_axis(
         "cmin": low,
         "cmax": high,
         "colorbar": {
-            "title": {"text": html.escape(title), "side": "right"},
+            "title": {"text": escaped(title), "side": "right"},
             "thickness": 12,
             "outlinewidth": 0,
         },
@@ -88,8 +88,13 @@ def visible(text: str, longest: int = LONGEST) -> str:
 
 
 def token_label(text: str, longest: int = LONGEST) -> str:
-    """A token as one visible line of HTML: plotly reads labels as markup, so it is escaped."""
-    return html.escape(visible(text, longest))
+    """A token as one visible line that plotly shows as it is."""
+    return escaped(visible(text, longest))
+
+
+def escaped(text: str) -> str:
+    """Text for plotly, which reads markup in labels, but not `&quot;`."""
+    return html.escape(text).replace("&quot;", '"')
 
 
 def position_labels(tokens: Sequence[str] | None, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from attnlens.anatomy import Head
 from attnlens.errors import InputError
 from attnlens.graphs import attention_graph
 from attnlens.views import show
-from attnlens.views.attribution import COLUMNS
+from attnlens.views.attribution import COLUMNS, LETTERS, ON_DARK
 
 WORDS = ("<b>", " Ann", "\n", " and", "")
 
@@ -45,6 +45,8 @@ def test_text_bars_and_ledger_hold_the_scores_of_a_prompt() -> None:
     text, bars, ledger = figure.data
     wanted = [0.5, -2.0, 0.25, 1.0, 0.0]
     assert list(text.marker.color) == list(bars.y) == list(bars.marker.color) == wanted
+    pairs = zip(wanted, text.textfont.color, strict=True)
+    assert {abs(score) > 1: colour for score, colour in pairs} == {True: ON_DARK, False: LETTERS}
     assert list(text.text) == ["&lt;b&gt;", "·Ann", "⏎", "·and", "∅"]
     assert list(text.y) == [0, 0, 0, 1, 1]  # after a line end comes a new line
     assert [base + x <= after for base, x, after in zip(text.base, text.x, text.base[1:3],
@@ -54,6 +56,9 @@ def test_text_bars_and_ledger_hold_the_scores_of_a_prompt() -> None:
     assert list(ledger.y) == ["tokens", "&lt;biases&gt;", "remainder"]
     assert bars.customdata[1] == "<b>·Ann<sub> 1</sub></b> −2"
     assert list(show(attribution(), 1).data[2].x) == [1.0, 0.0, 0.0]
+    ones = Ledger(torch.ones(2).double(), {"tokens": torch.ones(2)})  # as routes have it
+    titles = show(attribution(ledger=ones)).layout.annotations
+    assert titles[2].text == "Where the whole 1.00 went"
     title = "Scores of tokens by attnlrp for &#x27;·&lt;Ben&gt;&#x27; − &#x27;·Ann&#x27;"
     assert figure.layout.title.text == title + " (value 2.50, prompt 0)"
     headings = [note.text for note in figure.layout.annotations]

@@ -43,6 +43,7 @@ def test_figure_json_reads_back_whole():
         ("\t", "\u2409"),
         ("", "∅"),
         ("<b>", "&lt;b&gt;"),
+        ('"', '"'),  # plotly knows no &quot;
         ("\u202e", "\\u202e"),
         ("\ud800", "\\ud800"),
         ("internationalisation", "international…"),
