@@ -24,7 +24,8 @@ from attnlens.analyses.faithfulness import Faithfulness
 from attnlens.analyses.replacement import Kind
 from attnlens.lens import Lens
 from attnlens.tasks import Task
-from attnlens.views.theme import colour_axis, position_labels, styled, visible
+from attnlens.views.attribution import target_text
+from attnlens.views.theme import colour_axis, position_labels, styled
 from attnlens.zoo import deceptive_path, honest_path, small_path
 from scripts.ablation_figures import FIGURES, print_table, write
 
@@ -79,7 +80,7 @@ def side_by_side(name: str, title: str) -> go.Figure:
     rows = [own / np.abs(own).max() for own in scores]
     labels = position_labels(found.tokens[0], len(found.tokens[0]))
     figure = go.Figure(go.Heatmap(z=rows, y=METHODS[:-1], coloraxis="coloraxis", xgap=1, ygap=1))
-    explained = visible(found.target[0], 60)
+    explained = target_text(found, 0)
     styled(figure, f"{title}: scores for {explained}", 26 * len(rows) + 190, 1000)
     figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-60)
     figure.update_yaxes(autorange="reversed")
