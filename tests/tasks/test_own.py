@@ -29,7 +29,7 @@ def as_csv(rows, columns=None):
 
 
 def as_jsonl(rows):
-    return "".join(f"{json.dumps(row)}\n" for row in rows)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 FORMATS = {".csv": as_csv, ".jsonl": as_jsonl}
