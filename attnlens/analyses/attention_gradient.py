@@ -7,8 +7,8 @@ two methods here, since `sum |A dA| >= |sum A dA|` and papers mean either by "sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -20,16 +20,18 @@ from attnlens.analyses.weight_gradients import (
     DECODER,
     OUTSIDE,
     TEXT,
+    Edges,
     check_dense,
     chosen_heads,
     gather,
     key_side,
     weight_gradients,
 )
-from attnlens.anatomy import HeadSpec
+from attnlens.anatomy import Head, HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.tokens import Sides, Tokens
 from attnlens.lens import Batch, Inputs, Lens, SiteTensors
+from attnlens.lens.asked import Maps, choose_maps
 
 
 def attention_gradient(
@@ -38,7 +40,7 @@ def attention_gradient(
     target: TargetSpec = None,
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
-    maps: bool = False,
+    maps: Maps = None,
     budget: str | float = "2GB",
 ) -> Attribution:
     """Attention x gradient, signed: a token's score is `sum over layers, heads, rows of A * dM/dA`.
@@ -47,7 +49,8 @@ def attention_gradient(
     together; `layers` has the sums of each layer, `heads` those of each head over all edges, which
     are `sum_t z_t . dM/dz_t`, the drop of a linear metric when the head is zeroed. Layers read one
     another, so the scores of all do not sum to the value. In an encoder-decoder cross-attention
-    counts for the text. With `maps` every `A * dM/dA`, priced against `budget` first.
+    counts for the text. `maps` keeps `A * dM/dA` of the layers named (True: of all chosen), priced
+    against `budget` first.
 
     Raises:
         InputError: a target, heads or layers that are not there, a metric without a gradient, or an
@@ -67,7 +70,7 @@ def attention_saliency(
     target: TargetSpec = None,
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
-    maps: bool = False,
+    maps: Maps = None,
     budget: str | float = "2GB",
 ) -> Attribution:
     """Saliency of attention: a token's score is `sum over layers, heads, rows of |A * dM/dA|`.
@@ -93,21 +96,18 @@ def _products(
     target: TargetSpec,
     layers: HeadSpec | int | None,
     heads: HeadSpec | None,
-    maps: bool,
+    maps: Maps,
     budget: str | float,
     part: Callable[[Tensor], Tensor],
 ) -> Attribution:
     """Sums of `part(A * dM/dA)` over the columns and heads of the chosen sites."""
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
-    if maps:
-        chosen = chosen_heads(anatomy, layers, heads)
-        check_kept_maps(lens, batch, chosen, budget)
+    kept = kept_maps(lens, batch, chosen_heads(anatomy, layers, heads), maps, budget)
     explained = settle(lens, batch, target)
     value, sites = weight_gradients(lens, batch, explained, layers, heads)
-    found = {edges.site.name: gather(edges, part, maps) for edges in sites}
-    columns = {name: own.columns for name, own in found.items()}
-    words, by_layer, notes = columns_over_tokens(lens, batch, columns)
+    sums = summed(sites, part, kept)
+    words, by_layer, notes = columns_over_tokens(lens, batch, sums.columns)
     return Attribution(
         method=method,
         tokens=words,
@@ -116,10 +116,10 @@ def _products(
         value=value,
         settings=chosen_settings(layers, heads),
         layers=by_layer,
-        layer_names=tuple(found),
-        heads=torch.cat([own.heads for own in found.values()], dim=1).cpu(),
-        head_names=tuple(head for edges in sites for head in edges.names),
-        maps=kept_maps({name: own.maps for name, own in found.items()}),
+        layer_names=tuple(sums.columns),
+        heads=sums.heads,
+        head_names=sums.head_names,
+        maps=sums.maps,
         places=places_of(batch),
         notes=notes,
     )
@@ -133,19 +133,39 @@ def chosen_settings(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def kept_maps(maps: Mapping[str, Tensor | None]) -> SiteTensors | None:
-    """The maps of all sites, or None where none were asked for."""
-    kept = {name: tensor for name, tensor in maps.items() if tensor is not None}
-    return SiteTensors(kept) if kept else None
+@dataclass(frozen=True)
+class Summed:
+    """Sums of all sites' products, each taken signed, absolute or positive."""
+
+    columns: Mapping[str, Float[Tensor, "batch key"]]
+    heads: Float[Tensor, "batch head"]
+    head_names: tuple[Head, ...]
+    maps: SiteTensors | None
 
 
-def check_kept_maps(
-    lens: Lens, batch: Batch, chosen: Mapping[str, tuple[int, ...]], budget: str | float
-) -> None:
-    """Refuse to keep a map of each head over the budget (BudgetError)."""
-    counts = {name: len(heads) for name, heads in chosen.items()}
-    way = f"Choose some of the {len(chosen)} layers or of their heads (layers=..., heads=...)"
+def summed(
+    sites: Sequence[Edges], part: Callable[[Tensor], Tensor], kept: Collection[str]
+) -> Summed:
+    """Sums of `part(A * dM/dA)` at each site, and the maps of the sites that are kept."""
+    found = {edges.site.name: gather(edges, part, edges.site.name in kept) for edges in sites}
+    maps = {name: own.maps for name, own in found.items() if own.maps is not None}
+    return Summed(
+        {name: own.columns for name, own in found.items()},
+        torch.cat([own.heads for own in found.values()], dim=1).cpu(),
+        tuple(head for edges in sites for head in edges.names),
+        SiteTensors(maps) if maps else None,
+    )
+
+
+def kept_maps(
+    lens: Lens, batch: Batch, chosen: Mapping[str, tuple[int, ...]], maps: Maps, budget: str | float
+) -> frozenset[str]:
+    """The sites whose maps are kept; BudgetError where they take more than the budget."""
+    kept = choose_maps(lens.anatomy_for(batch), chosen, maps)
+    counts = {name: len(heads) for name, heads in kept.items()}
+    way = f"Keep those of some of the {len(kept)} layers (maps='{next(iter(kept), '')}')"
     check_dense("Keeping the map of every head", lens, batch, counts, budget, way)
+    return frozenset(kept)
 
 
 def columns_over_tokens(

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.attention_gradient import (
-    check_kept_maps,
     chosen_settings,
     kept_maps,
     over_sides,
+    summed,
 )
 from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.gradient_rollout import by_side, carried_down
@@ -28,7 +28,6 @@ from attnlens.analyses.weight_gradients import (
     Edges,
     check_dense,
     chosen_heads,
-    gather,
     key_side,
     positive,
     query_side,
@@ -39,6 +38,7 @@ from attnlens.anatomy import Anatomy, HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.residual import FINAL
 from attnlens.lens import Batch, Inputs, Lens
+from attnlens.lens.asked import Maps
 
 OWN_ROW = (
     "The explained row starts with a relevance of 1 for its own token: compare the others with one "
@@ -57,7 +57,7 @@ def chefer(
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
     row: int | None = None,
-    maps: bool = False,
+    maps: Maps = None,
     budget: str | float = "2GB",
 ) -> Attribution:
     """Chefer et al. 2021, generic: a row of R, with `Ā = E_h[(A * dM/dA)^+]` at each layer.
@@ -84,8 +84,7 @@ def chefer(
     mixed = any(anatomy[name].kind == "cross" for name in chosen)
     if mixed:
         _check_relevance(lens, batch, chosen, budget)
-    if maps:
-        check_kept_maps(lens, batch, chosen, budget)
+    kept = kept_maps(lens, batch, chosen, maps, budget)
     explained = settle(lens, batch, target)
     value, sites = weight_gradients(lens, batch, explained, layers, heads)
     start = start_rows(anatomy, batch, explained, sites[-1], row)
@@ -96,7 +95,7 @@ def chefer(
         spread = by_side(carried_down(anatomy, sites, start, normalised=False))
         names = (*(edges.site.name for edges in sites), FINAL)
     words, scores, notes = over_sides(lens, batch, spread)
-    sums = [gather(edges, positive, maps) for edges in sites]
+    sums = summed(sites, positive, kept)
     return Attribution(
         method="chefer",
         tokens=words,
@@ -106,9 +105,9 @@ def chefer(
         settings=chosen_settings(layers, heads, row=row),
         layers=scores if names else None,
         layer_names=names,
-        heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
-        head_names=tuple(head for edges in sites for head in edges.names),
-        maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
+        heads=sums.heads,
+        head_names=sums.head_names,
+        maps=sums.maps,
         places=places_of(batch),
         notes=(*notes, OWN_ROW),
     )

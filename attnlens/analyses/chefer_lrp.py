@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlens.analyses.attribution import Attribution, over_tokens
+from attnlens.analyses.attention_gradient import chosen_settings, over_sides
+from attnlens.analyses.attribution import Attribution, places_of
+from attnlens.analyses.chefer import OWN_ROW
 from attnlens.analyses.relevance import check_conserved
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
@@ -21,6 +23,7 @@ from attnlens.analyses.weight_gradients import (
     check_dense,
     chosen_heads,
     positive,
+    query_side,
     start_rows,
     weight_gradients,
 )
@@ -28,7 +31,8 @@ from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError
 from attnlens.hooks.backward import ALPHA_ONE, relevances
 from attnlens.hooks.residual import FINAL
-from attnlens.lens import Inputs, Lens
+from attnlens.lens import Inputs, Lens, SiteTensors
+from attnlens.lens.asked import Maps, choose_maps
 
 
 def chefer_lrp(
@@ -36,7 +40,9 @@ def chefer_lrp(
     inputs: Inputs,
     target: TargetSpec = None,
     layers: HeadSpec | int | None = None,
+    heads: HeadSpec | None = None,
     row: int | None = None,
+    maps: Maps = None,
     strict: bool = True,
     budget: str | float = "2GB",
 ) -> Attribution:
@@ -47,51 +53,58 @@ def chefer_lrp(
     unchanged. Leave the lowest layers out by `layers="L2:"`, as the paper does for vision. The
     row is that of the target's logits, else `row` (by default the last under causal attention, else
     the first, a class token). Scores are never negative; the row itself keeps 1 or more. `layers`
-    has what enters each site; `heads` the sums of `(dM/dA * R_A)^+`.
+    has what enters each site; `heads` the sums of `(dM/dA * R_A)^+`, and `maps`
+    these of the layers named (True: of all chosen).
 
     Raises:
         BudgetError: the relevance of all weights over the budget.
-        InputError: a target, layers or row that is not there, or a model with cross-attention.
+        InputError: a target, layers, heads or row that is not there, or cross-attention.
         UnsupportedModelError: relevance is not conserved in this model.
 
     """
     note = check_conserved(lens, strict)
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
-    chosen = chosen_heads(anatomy, layers, None)
+    chosen = chosen_heads(anatomy, layers, heads)
     if any(anatomy[name].kind == "cross" for name in chosen):
         raise InputError(
             f"{anatomy.model} has cross-attention, of which this form says nothing. Take "
             'method="chefer", the generic form.'
         )
-    counts = {name: len(heads) for name, heads in chosen.items()}
+    kept = choose_maps(anatomy, chosen, maps)
+    counts = {name: anatomy[name].heads for name in chosen}
     check_dense("The relevance of every weight", lens, batch, counts, budget, "Name fewer layers")
     explained = settle(lens, batch, target)
-    value, sites = weight_gradients(lens, batch, explained, layers, None)
+    value, sites = weight_gradients(lens, batch, explained, layers, heads)
     found = relevances(
         lens.model, anatomy, batch.inputs, explained.metric, ALPHA_ONE,
         explained.observers(lens, batch), list(chosen),
     ).maps  # fmt: skip
     spread = start_rows(anatomy, batch, explained, sites[-1], row)
-    reached, heads = [spread], []
+    reached, found_maps = [spread], dict[str, Tensor]()
     for edges in reversed(sites):
         products = positive_products(edges, found)
+        found_maps[edges.site.name] = products
         spread = spread + torch.einsum("bt,bts->bs", spread, products.mean(1))
         reached.append(spread)
-        heads.append(products.sum((2, 3)))
-    words, scores = over_tokens(lens, batch, torch.stack(reached[::-1], dim=1))
+    side = query_side(anatomy, sites[-1].site)
+    words, scores, notes = over_sides(lens, batch, {side: torch.stack(reached[::-1], dim=1)})
+    sums = [found_maps[name].sum((2, 3)) for name in chosen]
+    own_maps = {name: found_maps[name] for name in kept}
     return Attribution(
         method="chefer_lrp",
         tokens=words,
         scores=scores[:, 0],
         target=explained.names,
         value=value,
-        settings={"layers": layers, "row": row, "strict": strict},
+        settings=chosen_settings(layers, heads, row=row, strict=strict),
         layers=scores,
         layer_names=(*(edges.site.name for edges in sites), FINAL),
-        heads=torch.cat(heads[::-1], dim=1),
+        heads=torch.cat(sums, dim=1).cpu(),
         head_names=tuple(head for edges in sites for head in edges.names),
-        notes=note,
+        maps=SiteTensors(own_maps) if own_maps else None,
+        places=places_of(batch),
+        notes=(*notes, *note, OWN_ROW),
     )
 
 
@@ -99,7 +112,7 @@ def positive_products(
     edges: Edges, relevance: Mapping[str, Tensor]
 ) -> Float[Tensor, "batch head query key"]:
     """`(dM/dA * R_A)^+` of one site."""
-    whole = relevance[edges.site.name]
+    whole = relevance[edges.site.name][:, list(edges.heads)]
     found = torch.zeros_like(whole)
     for block in edges.blocks():
         own = whole[:, :, block.rows, block.keys]

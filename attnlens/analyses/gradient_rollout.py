@@ -14,17 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.attention_gradient import (
-    check_kept_maps,
     chosen_settings,
     kept_maps,
     over_sides,
+    summed,
 )
 from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.target import TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
     Edges,
     chosen_heads,
-    gather,
     key_side,
     positive,
     query_side,
@@ -34,6 +33,7 @@ from attnlens.analyses.weight_gradients import (
 from attnlens.anatomy import Anatomy, HeadSpec
 from attnlens.hooks.residual import FINAL
 from attnlens.lens import Inputs, Lens
+from attnlens.lens.asked import Maps
 
 Spread = dict[str, Float[Tensor, "batch position"]]
 """How a row's relevance is spread over the positions of each side."""
@@ -46,7 +46,7 @@ def gradient_rollout(
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
     row: int | None = None,
-    maps: bool = False,
+    maps: Maps = None,
     budget: str | float = "2GB",
 ) -> Attribution:
     """A row of `prod_l rownorm(Ā_l + I)`, top layer first, with `Ā = mean_h (A * dM/dA)^+`.
@@ -70,14 +70,13 @@ def gradient_rollout(
     """
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
-    if maps:
-        check_kept_maps(lens, batch, chosen_heads(anatomy, layers, heads), budget)
+    kept = kept_maps(lens, batch, chosen_heads(anatomy, layers, heads), maps, budget)
     explained = settle(lens, batch, target)
     value, sites = weight_gradients(lens, batch, explained, layers, heads)
     start = start_rows(anatomy, batch, explained, sites[-1], row)
     reached = carried_down(anatomy, sites, start, normalised=True)
     words, spread, notes = over_sides(lens, batch, by_side(reached))
-    sums = [gather(edges, positive, maps) for edges in sites]
+    sums = summed(sites, positive, kept)
     return Attribution(
         method="gradient_rollout",
         tokens=words,
@@ -87,9 +86,9 @@ def gradient_rollout(
         settings=chosen_settings(layers, heads, row=row),
         layers=spread,
         layer_names=(*(edges.site.name for edges in sites), FINAL),
-        heads=torch.cat([own.heads for own in sums], dim=1).cpu(),
-        head_names=tuple(head for edges in sites for head in edges.names),
-        maps=kept_maps({e.site.name: own.maps for e, own in zip(sites, sums, strict=True)}),
+        heads=sums.heads,
+        head_names=sums.head_names,
+        maps=sums.maps,
         places=places_of(batch),
         notes=notes,
     )

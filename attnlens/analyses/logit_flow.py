@@ -190,8 +190,8 @@ def _carried(
     if not bool((gap > _closes(torch.bfloat16) * shares.abs().amax(-1)).any()):
         return ()
     note = (
-        "What heads write is not what their rows carry from tokens (an edit of z, a sink that "
-        "scales z after the softmax): the ledger's remainder is the difference."
+        "What heads write is not what their rows carry from tokens (an edit of z, after the "
+        "weights were applied): the ledger's remainder is the difference."
     )
     return (note,)
 
@@ -290,7 +290,7 @@ def _by_source(
 ) -> Float[Tensor, "batch key"]:
     """`sum over heads and rows of A[t, s] v_s . dM/dz_t`, by blocks of the rows with a gradient."""
     assert written.call is not None
-    rows = Rows.at(site, written.call)
+    rows = Rows.summing(site, written.call)
     value = written.call.value.detach()
     shares = value.new_zeros(value.shape[0], value.shape[2], dtype=torch.float64)
     used = gradient.abs().amax((0, 2, 3)).nonzero()[:, 0].tolist()

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from attnlens.analyses.attribution import Attribution, Ledger, joined, over_tokens, places_of
 from attnlens.analyses.target import Explained, TargetSpec, settle
-from attnlens.anatomy import Anatomy, HeadSpec, Site
+from attnlens.anatomy import Anatomy, Site
 from attnlens.errors import BudgetError, InputError, UnsupportedModelError
 from attnlens.hooks.backward import ATTNLRP, CP_LRP, MixedPromptsError, Relevances, Rule, relevances
 from attnlens.hooks.keep import gigabytes
 from attnlens.hooks.residual import FINAL
 from attnlens.lens import Batch, Inputs, Lens, SiteTensors
-from attnlens.lens.asked import parse_bytes
+from attnlens.lens.asked import Maps, choose, choose_maps, parse_bytes
 from attnlens.lens.inputs import split
 
 
@@ -37,7 +37,7 @@ def attnlrp(
     inputs: Inputs,
     target: TargetSpec = None,
     *,
-    maps: HeadSpec | int | None = None,
+    maps: Maps = None,
     batch_size: int = 8,
     checkpoint: bool = False,
     strict: bool = True,
@@ -49,7 +49,7 @@ def attnlrp(
         lens: the model.
         inputs: prompts.
         target: what is explained; the likeliest next token where None.
-        maps: layers whose attention edges are scored, `batch head query key`; none where None.
+        maps: layers whose attention edges are scored, `batch head query key`; True for all.
         batch_size: prompts that run at a time.
         checkpoint: compute each block's inner values again in the backward pass, to save memory.
         strict: refuse a model in which relevance is not conserved; else the remainder is shown.
@@ -73,7 +73,7 @@ def cp_lrp(
     inputs: Inputs,
     target: TargetSpec = None,
     *,
-    maps: HeadSpec | int | None = None,
+    maps: Maps = None,
     batch_size: int = 8,
     checkpoint: bool = False,
     strict: bool = True,
@@ -92,7 +92,7 @@ class _Asked:
     """What a propagation was asked for."""
 
     rule: Rule
-    maps: HeadSpec | int | None
+    maps: Maps
     batch_size: int
     checkpoint: bool
     strict: bool
@@ -104,7 +104,8 @@ def _propagate(lens: Lens, inputs: Inputs, target: TargetSpec, asked: _Asked) ->
     batch = lens.encode(inputs)
     explained = settle(lens, batch, target)
     anatomy = lens.anatomy_for(batch)
-    sites = () if asked.maps is None else anatomy.layers(asked.maps)
+    kept = choose_maps(anatomy, choose(anatomy, None, None), asked.maps)
+    sites = [anatomy[name] for name in kept]
     _check_price(lens, batch, sites, asked.budget)
     parts: list[Attribution] = []
     start = 0

@@ -12,7 +12,7 @@ which both norms follow for any row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnlens.analyses.attention_gradient import (
-    check_kept_maps,
     chosen_settings,
     columns_over_tokens,
+    kept_maps,
 )
 from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.target import Explained, TargetSpec, settle
@@ -37,6 +37,7 @@ from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer, Session
 from attnlens.hooks.tokens import Sides
 from attnlens.lens import Batch, Inputs, Lens, SiteTensors
+from attnlens.lens.asked import Maps
 
 _CHUNK = 1 << 22
 """Numbers of `batch key head d_model` made at a time."""
@@ -49,7 +50,7 @@ def value_norms(
     target: TargetSpec = None,
     layers: HeadSpec | int | None = None,
     heads: HeadSpec | None = None,
-    maps: bool = False,
+    maps: Maps = None,
     budget: str | float = "2GB",
 ) -> Attribution:
     """Score tokens by `|sum_h A_h[t, s] v_s W_O^h|` in the row t whose logits the target reads.
@@ -71,14 +72,13 @@ def value_norms(
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
     chosen = chosen_heads(anatomy, layers, heads)
-    if maps:
-        check_kept_maps(lens, batch, chosen, budget)
+    kept = kept_maps(lens, batch, chosen, maps, budget)
     explained = _settled(lens, batch, target)
     reads = explained.reads if explained is not None else None
     if reads is not None:
         own = DECODER if batch.sides.decoder is not None else TEXT
         chosen = {n: h for n, h in chosen.items() if query_side(anatomy, anatomy[n]) == own}
-    norms = _Norms(chosen, batch.sides, reads, maps)
+    norms = _Norms(chosen, batch.sides, reads, kept)
     observers = () if explained is None else explained.observers(lens, batch)
     with evaluating(lens.model), Session(lens.model, anatomy, [norms, *observers]):
         output = lens.model(**usable(lens.model, batch.inputs))
@@ -100,7 +100,7 @@ def value_norms(
         layer_names=tuple(norms.layers),
         heads=torch.cat([norms.heads[name] for name in norms.layers], dim=1).cpu(),
         head_names=tuple(anatomy[n].head(number) for n in norms.layers for number in chosen[n]),
-        maps=SiteTensors(norms.maps) if maps else None,
+        maps=SiteTensors(norms.maps) if norms.maps else None,
         places=places_of(batch),
         notes=notes,
     )
@@ -123,7 +123,7 @@ class _Norms(Observer):
     chosen: Mapping[str, tuple[int, ...]]
     sides: Sides
     reads: Tensor | None
-    keep: bool
+    keep: Collection[str]
     layers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     heads: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     maps: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -141,7 +141,7 @@ class _Norms(Observer):
         """Take the norms of one call."""
         assert self._model is not None
         numbers = torch.tensor(self.chosen[site.name], device=call.query.device)
-        rows = Rows.at(site, call).select(numbers)
+        rows = Rows.summing(site, call).select(numbers)
         weight = output_weight(self._model, site)[numbers]
         value = call.value[:, numbers // (site.heads // site.groups)]
         products = head_products(value, weight.to(value))
@@ -152,7 +152,7 @@ class _Norms(Observer):
             self.heads[site.name] = (pattern[:, :, 0].double() * single).sum(-1)
         else:
             self._mean_rows(site, rows, products, single)
-        if self.keep:
+        if site.name in self.keep:
             self.maps[site.name] = (rows.dense() * single[:, :, None]).to(value.dtype)
         return call
 

@@ -58,7 +58,7 @@ class Edges:
     @classmethod
     def of(cls, site: Site, found: ZGradient, sides: Sides, heads: tuple[int, ...]) -> Edges:
         """The edges of the chosen heads of one call."""
-        rows, value, gradient = Rows.at(site, found.call), found.call.value, found.gradient
+        rows, value, gradient = Rows.summing(site, found.call), found.call.value, found.gradient
         if heads != tuple(range(rows.shape[1])):
             numbers = torch.tensor(heads, device=value.device)
             value = value[:, numbers // (rows.shape[1] // value.shape[1])]

@@ -95,6 +95,15 @@ class Rows:
         """The rule of a call at a known site."""
         return cls.of(call, site.upcast, site.sinks)
 
+    @classmethod
+    def summing(cls, site: Site, call: Call) -> Rows:
+        """The rule by which rows times values are z.
+
+        It is that of `at`, but for a learned sink that scales z after the softmax (GraniteSWA):
+        here it takes its share of the rows, which is the same z.
+        """
+        return cls.of(call, site.upcast)
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """batch, heads, queries, keys."""

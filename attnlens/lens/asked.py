@@ -31,6 +31,23 @@ def choose(
     return {name: tuple(numbers) for name, numbers in chosen.items()}
 
 
+Maps = HeadSpec | int | bool | None
+"""Layers whose attention edges a result keeps: True for all that are chosen, None for none."""
+
+
+def choose_maps(
+    anatomy: Anatomy, chosen: Mapping[str, tuple[int, ...]], maps: Maps
+) -> dict[str, tuple[int, ...]]:
+    """The chosen heads by site, of the layers whose maps are kept."""
+    if maps is None or maps is False:
+        return {}
+    names = set(chosen) if maps is True else {site.name for site in anatomy.layers(maps)}
+    kept = {name: heads for name, heads in chosen.items() if name in names}
+    if not kept:
+        raise InputError(f"maps={maps!r} names none of the layers chosen: {', '.join(chosen)}.")
+    return kept
+
+
 def check_prompts(results: Mapping[str, Mapping[str, Tensor]], prompts: int) -> None:
     """Raise where a site's first axis is not the prompts: its rows belong to pieces of them."""
     for tensors in results.values():

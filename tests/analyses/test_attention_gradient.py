@@ -289,3 +289,32 @@ def test_the_model_is_left_as_it_was(random_lens: Lens, ids: Tensor) -> None:
         assert torch.equal(weight, before[name])
         assert weight.grad is None
         assert weight.requires_grad
+
+
+def test_a_sink_that_scales_z_takes_its_share_of_the_weights() -> None:
+    """GraniteSWA: the sums of a head's edges stay `z . dM/dz`."""
+    lens = architecture("granite_swa")
+    batch = lens.encode(torch.tensor([[5, 9, 13, 7, 21, 4]]))
+    found = attention_gradient(lens, batch.inputs, 5)
+    explained = settle(lens, batch, 5)
+    observers = explained.observers(lens, batch)
+    known = z_gradients(
+        lens.model, lens.anatomy, batch.inputs, explained.metric, observers=observers
+    )
+    heads = torch.cat([(own.z * own.gradient).sum((1, 3)) for own in known.values()], 1)
+    assert found.heads is not None
+    assert torch.allclose(found.heads, heads, atol=1e-5)  # a softmax in float32
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["attention_gradient", "gradient_rollout", "chefer", "value_norms", "attnlrp", "chefer_lrp"],
+)
+def test_maps_are_kept_of_the_layers_named(random_lens: Lens, ids: Tensor, method: str) -> None:
+    every = al.attribute(random_lens, ids, 5, method, maps=True)
+    some = al.attribute(random_lens, ids, 5, method, maps="L1:")
+    assert every.maps is not None
+    assert some.maps is not None
+    assert (set(every.maps), set(some.maps)) == ({"L0", "L1", "L2"}, {"L1", "L2"})
+    assert all(torch.equal(some.maps[name], every.maps[name]) for name in some.maps)
+    assert al.attribute(random_lens, ids, 5, method).maps is None

@@ -149,3 +149,13 @@ def test_refusals() -> None:
         al.chefer_lrp(lens, torch.tensor([[3, 4, 5]]), 7)
     with pytest.raises(BudgetError, match="relevance of every weight"):
         al.chefer_lrp(architecture("gpt2"), torch.tensor([[3, 4, 5]]), 7, budget=10)
+
+
+def test_chosen_heads_have_the_sums_that_they_have_among_all(random_lens: Lens) -> None:
+    ids = torch.tensor([[3, 8, 5, 11, 2]])
+    every = al.chefer_lrp(random_lens, ids, 7)
+    some = al.chefer_lrp(random_lens, ids, 7, heads="L1H2,L1H0")
+    assert [str(head) for head in some.head_names] == ["L1H2", "L1H0"]
+    assert every.heads is not None
+    assert some.heads is not None
+    assert torch.allclose(some.heads, every.heads[:, [6, 4]], atol=1e-12)

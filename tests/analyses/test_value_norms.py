@@ -16,6 +16,7 @@ from attnlens.errors import BudgetError, UnsupportedModelError
 from attnlens.lens import Lens
 from attnlens.tasks import repeated_tokens
 from tests.analyses.conftest import architecture, tiny_gpt2
+from tests.architectures import ARCHITECTURES
 
 
 def written_out(lens: Lens, inputs: Any, site: str) -> Tensor:
@@ -70,6 +71,36 @@ def test_all_rows_where_the_target_names_none(random_lens: Lens, small_blocks: N
             heads = found.heads[prompt, 4 * layer : 4 * layer + 4]
             assert torch.allclose(heads, each, atol=1e-10)
     assert "means over all rows" in found.notes[-1]
+
+
+def test_rows_of_a_window_are_of_their_own_keys(small_blocks: None) -> None:
+    """Blocks that begin after the first key."""
+    lens = al.load(ARCHITECTURES["mistral"].build())  # its softmax is in float32 always
+    assert lens.anatomy["L0"].window is not None
+    ids = torch.randint(4, 90, (1, 14), generator=torch.Generator().manual_seed(2))
+    found = value_norms(lens, ids, lambda output: output.logits[:, -1, 3])
+    assert found.layers is not None
+    for layer, site in enumerate(lens.anatomy.sites):
+        vectors = written_out(lens, ids, site.name)
+        row = vectors.sum(1).norm(dim=-1).mean(1)
+        assert torch.allclose(found.layers[:, layer], row.double(), atol=1e-5)
+
+
+def test_a_sink_that_scales_z_takes_its_share_of_the_rows() -> None:
+    """GraniteSWA: what is taken from all tokens together is what the heads write."""
+    lens = architecture("granite_swa")
+    ids = torch.randint(4, 90, (1, 9), generator=torch.Generator().manual_seed(2))
+    trace = lens.run(ids, keep=("pattern", "v", "z"))
+    found = value_norms(lens, ids, Target(5, at=6))
+    assert found.layers is not None
+    for layer, site in enumerate(lens.anatomy.sites):
+        vectors = written_out(lens, ids, site.name)[:, :, 6]
+        values = trace.v[site.name].repeat_interleave(site.heads // site.groups, 1)
+        unscaled = trace.pattern[site.name][:, :, 6, None] @ values
+        share = (trace.z[site.name][:, :, 6, :1] / unscaled[..., 0, :1])[..., None]
+        assert share.max() < 1  # the sink takes something
+        row = (vectors * share).sum(1).norm(dim=-1)
+        assert torch.allclose(found.layers[:, layer], row, atol=1e-5)  # softmax in float32
 
 
 def test_a_model_without_logits_needs_no_target() -> None:
