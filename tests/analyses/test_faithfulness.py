@@ -18,7 +18,7 @@ from attnlens.analyses.attribution import Attribution
 from attnlens.analyses.deletion import BINS, FRACTIONS, Ends, delete, most, places, ranks
 from attnlens.analyses.erasure import Eraser, leave_one_out, random_attribution
 from attnlens.analyses.faithfulness import MEASURES, Faithfulness, faithfulness
-from attnlens.analyses.judging import points_at
+from attnlens.analyses.judging import points_at, sources_of
 from attnlens.analyses.rank_agreement import spearman
 from attnlens.analyses.replacement import Replacement
 from attnlens.analyses.target import Target
@@ -292,6 +292,15 @@ def _sources(task: Task) -> list[int]:
         int((ids == answer).nonzero()[0])
         for ids, answer in zip(task.clean, task.answers[:, -1], strict=True)
     ]
+
+
+def test_an_answer_that_stands_after_the_read_is_no_source(random_lens: Lens) -> None:
+    clean = [[5, 9, 5, 8, 5], [9, 9, 7, 8, 5]]
+    task = Task.from_prompts("early", clean, clean, [[2], [2]], [[5], [5]], [[6], [6]])
+    known, said = sources_of(random_lens, task, None)
+    assert known is not None
+    assert known.int().tolist() == [[1, 0, 1, 0, 0], [0] * 5]
+    assert "own token" in said
 
 
 def test_ties_share_a_point() -> None:
