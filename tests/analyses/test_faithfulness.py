@@ -261,8 +261,9 @@ def test_random_scores_are_means_over_draws(random_lens: Lens) -> None:
 def test_prompts_together_are_prompts_one_by_one(random_lens: Lens, kind: Any) -> None:
     task = ragged(4)
     methods = ["leave_one_out", "random"]
-    together = faithfulness(random_lens, task, methods, kind)
-    alone = faithfulness(random_lens, task, methods, kind, batch_size=1, tokens=1)
+    sources = [[0, 1, 2, 3], [9], [6], [4]]  # all tokens of the first, the read one of the others
+    together = faithfulness(random_lens, task, methods, kind, sources)
+    alone = faithfulness(random_lens, task, methods, kind, sources, batch_size=1, tokens=1)
     assert together.forwards < alone.forwards
     for measure in MEASURES:
         one, other = together.by_prompt[measure], alone.by_prompt[measure]
