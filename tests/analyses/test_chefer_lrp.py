@@ -12,6 +12,7 @@ from attnlens.hooks.backward import ALPHA_ONE, relevances
 from attnlens.hooks.backward.positive import positive_linear
 from attnlens.lens import Lens
 from tests.analyses.conftest import architecture
+from tests.architectures import ARCHITECTURES
 
 IDS = [0, 5, 9, 13, 7, 5, 9, 13]
 
@@ -159,3 +160,8 @@ def test_chosen_heads_have_the_sums_that_they_have_among_all(random_lens: Lens) 
     assert every.heads is not None
     assert some.heads is not None
     assert torch.allclose(some.heads, every.heads[:, [6, 4]], atol=1e-12)
+
+
+def test_projections_that_are_clamped_in_place_are_taken() -> None:
+    found = al.chefer_lrp(al.load(ARCHITECTURES["olmo"].build()), [[3, 8, 5, 11]], 7, strict=False)
+    assert found.scores.isfinite().all()

@@ -23,7 +23,7 @@ class _PositiveLinear(torch.autograd.Function):
         else:
             found = x @ weight.mT if bias is None else x @ weight.mT + bias
         ctx.save_for_backward(x, weight, found)
-        return found
+        return found.clone()  # the model may change what it gets in place (OLMo)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
