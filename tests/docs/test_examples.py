@@ -25,6 +25,7 @@ PAGES = [
     "docs/attribution.md",
     "docs/faithfulness.md",
     "docs/tasks.md",
+    "docs/composition.md",
 ]
 
 
