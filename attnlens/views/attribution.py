@@ -15,6 +15,9 @@ from attnlens.analyses.attribution import Attribution, Ledger
 from attnlens.errors import InputError
 from attnlens.views.graph_figure import draw_graph
 from attnlens.views.heatmaps import check_prompt
+
+# A logit flow is an attribution, too: its own figure is registered with this one.
+from attnlens.views.logit_flow import show_logit_flow as show_logit_flow
 from attnlens.views.panels import Quantity, domains, head_grids, number_text
 from attnlens.views.shown import show
 from attnlens.views.theme import INK, colour_axis, position_labels, styled, token_label, visible
