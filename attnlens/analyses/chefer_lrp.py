@@ -7,7 +7,7 @@ R_A is the relevance of the attention weights by propagation with alpha = 1, dM/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from attnlens.analyses.attention_gradient import chosen_settings, over_sides
 from attnlens.analyses.attribution import Attribution, places_of
 from attnlens.analyses.chefer import OWN_ROW
 from attnlens.analyses.relevance import check_conserved
-from attnlens.analyses.target import TargetSpec, settle
+from attnlens.analyses.target import Explained, TargetSpec, settle
 from attnlens.analyses.weight_gradients import (
     Edges,
     check_dense,
@@ -29,9 +29,9 @@ from attnlens.analyses.weight_gradients import (
 )
 from attnlens.anatomy import HeadSpec
 from attnlens.errors import InputError
-from attnlens.hooks.backward import ALPHA_ONE, relevances
+from attnlens.hooks.backward import ALPHA_ONE, MixedPromptsError, relevances
 from attnlens.hooks.residual import FINAL
-from attnlens.lens import Inputs, Lens, SiteTensors
+from attnlens.lens import Batch, Inputs, Lens, SiteTensors
 from attnlens.lens.asked import Maps, choose_maps
 
 
@@ -76,10 +76,7 @@ def chefer_lrp(
     check_dense("The relevance of every weight", lens, batch, counts, budget, "Name fewer layers")
     explained = settle(lens, batch, target)
     value, sites = weight_gradients(lens, batch, explained, layers, heads)
-    found = relevances(
-        lens.model, anatomy, batch.inputs, explained.metric, ALPHA_ONE,
-        explained.observers(lens, batch), list(chosen),
-    ).maps  # fmt: skip
+    found = _relevances(lens, batch, explained, list(chosen))
     spread = start_rows(anatomy, batch, explained, sites[-1], row)
     reached, found_maps = [spread], dict[str, Tensor]()
     for edges in reversed(sites):
@@ -106,6 +103,22 @@ def chefer_lrp(
         places=places_of(batch),
         notes=(*notes, *note, OWN_ROW),
     )
+
+
+def _relevances(
+    lens: Lens, batch: Batch, explained: Explained, names: Sequence[str]
+) -> Mapping[str, Float[Tensor, "batch head query key"]]:
+    """R_A of every head of some sites, by the alpha = 1 rule."""
+    anatomy = lens.anatomy_for(batch)
+    observers = explained.observers(lens, batch)
+    try:
+        return relevances(
+            lens.model, anatomy, batch.inputs, explained.metric, ALPHA_ONE, observers, names
+        ).maps
+    except MixedPromptsError:
+        raise InputError(
+            f"{anatomy.model} mixes the rows of its prompts: give one at a time."
+        ) from None
 
 
 def positive_products(

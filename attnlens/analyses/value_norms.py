@@ -63,12 +63,17 @@ def value_norms(
     left out. In an encoder-decoder the rows are the decoder's. Kobayashi et al. 2020.
 
     Raises:
-        InputError: a target, heads or layers that are not there.
+        InputError: a target, heads or layers that are not there, or an edit that is on.
         BudgetError: maps over the budget.
         UnsupportedModelError: a gate or a norm stands between heads and W_O, or rows that cannot be
             recomputed.
 
     """
+    if lens.edited:
+        raise InputError(
+            "An edit is on, and norms are of what heads write by themselves, not of what an edit "
+            "makes of it. Take them outside lens.edit."
+        )
     batch = lens.encode(inputs)
     anatomy = lens.anatomy_for(batch)
     chosen = chosen_heads(anatomy, layers, heads)

@@ -68,7 +68,7 @@ def show_composition(result: Composition) -> go.Figure:
         plot_bgcolor="#ecebe6",
     )
     figure.update_annotations(font_size=13, xanchor="left")
-    for number, note in enumerate(figure.layout.annotations):  # type: ignore[attr-defined]
+    for number, note in enumerate(figure.layout.annotations):
         note.x = domains(figure, 1, number + 1)[0][0]
     return figure
 

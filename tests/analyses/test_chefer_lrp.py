@@ -165,3 +165,11 @@ def test_chosen_heads_have_the_sums_that_they_have_among_all(random_lens: Lens) 
 def test_projections_that_are_clamped_in_place_are_taken() -> None:
     found = al.chefer_lrp(al.load(ARCHITECTURES["olmo"].build()), [[3, 8, 5, 11]], 7, strict=False)
     assert found.scores.isfinite().all()
+
+
+def test_a_model_that_mixes_the_rows_of_prompts_takes_one_at_a_time() -> None:
+    lens = architecture("gpt_oss")
+    ids = torch.tensor([[3, 8, 5, 11, 7, 2], [9, 4, 4, 6, 1, 12]])
+    with pytest.raises(InputError, match="one at a time"):
+        al.chefer_lrp(lens, ids, 7)
+    assert al.chefer_lrp(lens, ids[:1], 7).scores.isfinite().all()

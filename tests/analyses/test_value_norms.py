@@ -12,7 +12,7 @@ from torch import Tensor
 import attnlens as al
 from attnlens.analyses.target import Target
 from attnlens.analyses.value_norms import head_products, summed_norms, value_norms
-from attnlens.errors import BudgetError, UnsupportedModelError
+from attnlens.errors import BudgetError, InputError, UnsupportedModelError
 from attnlens.lens import Lens
 from attnlens.tasks import repeated_tokens
 from tests.analyses.conftest import architecture, tiny_gpt2
@@ -212,3 +212,10 @@ def test_the_model_is_left_as_it_was(ids: Tensor) -> None:
     assert model.training
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_an_edit_that_is_on_is_refused(induction_lens: Lens) -> None:
+    with induction_lens.edit(al.Zero("L1H2")):
+        induction_lens.run([0, 5, 9, 5])  # an edit that never acts is an error of its own
+        with pytest.raises(InputError, match="edit is on"):
+            value_norms(induction_lens, [0, 5, 9, 5], 9)
