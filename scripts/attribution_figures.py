@@ -81,12 +81,13 @@ def side_by_side(name: str, title: str) -> go.Figure:
     labels = position_labels(found.tokens[0], len(found.tokens[0]))
     figure = go.Figure(go.Heatmap(z=rows, y=METHODS[:-1], coloraxis="coloraxis", xgap=1, ygap=1))
     explained = target_text(found, 0)
-    styled(figure, f"{title}: scores for {explained}", 26 * len(rows) + 190, 1000)
+    styled(figure, f"{title}: scores for {explained}", 26 * len(rows) + 200, 1000)
     figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=-60)
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(showgrid=False, ticks="").update_yaxes(showgrid=False, ticks="")
     axis = colour_axis("diverging", -1, 1, "share of the row's largest score")
-    return figure.update_layout(coloraxis=axis, margin={"l": 150, "b": 100})
+    figure.update_xaxes(automargin=False)
+    return figure.update_layout(coloraxis=axis, margin={"l": 150, "b": 110})
 
 
 def routes() -> go.Figure:
