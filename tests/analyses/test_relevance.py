@@ -181,6 +181,15 @@ def test_edges_sum_to_their_share_of_z(method: Any, share: float, side: str) -> 
         assert close(cut, alone.maps["L1"][0], 1e-11 if name == "gpt2" else 1e-6)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "granite_swa"])
+def test_edges_of_learned_sinks_sum_to_their_share_of_z(name: str) -> None:
+    found = attnlrp(exact(name), [[3, 8, 5, 11, 7, 2]], 7, maps=True)
+    assert found.maps is not None
+    assert found.heads is not None
+    sums = torch.cat([edges.sum((2, 3)) for edges in found.maps.values()], dim=1)
+    assert close(sums, found.heads / 2, 1e-6)  # granite's softmax is in float32
+
+
 def test_maps_over_the_budget_are_refused(random_lens: Lens) -> None:
     ids = torch.randint(1, 40, (2, 12))
     with pytest.raises(BudgetError, match="maps='L2'"):

@@ -214,7 +214,7 @@ class _Run(Observer):
         """`A x dM/dA` of one call, where A and V share what their product gets."""
         both = self._rule.through_patterns and call.value.requires_grad
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        rows = Rows.at(site, call)
+        rows = Rows.summing(site, call)
         size = call.query.shape[1] // call.value.shape[1]
         value = call.value.to(wide).repeat_interleave(size, 1)
         heads = (gradient.to(wide) * ((0.5 if both else 1.0) / self.tally.scale)).transpose(1, 2)
