@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import attnlens as al
 from attnlens.analyses.attribute import attribute
 from attnlens.analyses.chefer import relevance_rollout
 from attnlens.errors import BudgetError, InputError
 from attnlens.hooks.backward import ALPHA_ONE, relevances
+from attnlens.hooks.backward.mode import Rules
 from attnlens.hooks.backward.positive import positive_linear
+from attnlens.hooks.backward.tally import Tally
 from attnlens.lens import Lens
 from tests.analyses.conftest import architecture
 from tests.architectures import ARCHITECTURES
@@ -63,6 +66,18 @@ def test_a_model_of_such_maps_is_explained() -> None:
         logits = lens.model(torch.tensor([[5, 9, 13, 7]])).logits[:, -1]
     assert torch.allclose(found.value.double(), logits[:, 5] - logits[:, 6])
     assert found.scores.isfinite().all()
+
+
+def test_every_form_of_a_linear_map_follows_the_rule() -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(4, 5)  # GPT-2's, which adds and multiplies in one call
+    x, upstream = torch.randn(3, 5, requires_grad=True), torch.randn(3, 4)
+    with Rules(ALPHA_ONE, Tally(1, frozenset())):
+        found = layer(x)
+    expected = positive_linear(x, layer.weight.detach().T, layer.bias.detach())
+    own, whole = (torch.autograd.grad(y, x, upstream)[0] for y in (found, expected))
+    assert torch.equal(found, expected)
+    assert torch.allclose(own, whole, atol=1e-6)  # the same products in another layout
 
 
 def test_an_output_without_positive_products_hands_nothing_down() -> None:

@@ -481,3 +481,34 @@ def test_a_trained_model_closes(method: Any, shared_data: Any) -> None:
     assert found.ledger.error.max() < 1e-6
     assert found.maps["L0"].isfinite().all()
     assert (found.scores != 0).all()
+
+
+def test_parts_counted_to_the_wrong_prompts_are_found_by_their_sums(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lens = exact("gpt2")
+    ids = torch.tensor([[3, 8, 5, 11], [9, 4, 4, 6]])
+    expected = cp_lrp(lens, ids, 7).ledger
+    add = Tally.add
+
+    def mixed(self: Tally, name: str, products: Tensor, *rest: Any) -> None:
+        add(self, name, products.flip(0) if name == "biases" else products, *rest)
+
+    monkeypatch.setattr(Tally, "add", mixed)
+    found = cp_lrp(lens, ids, 7).ledger  # prompts one by one
+    assert expected is not None
+    assert found is not None
+    assert close(found.entries["biases"], expected.entries["biases"])
+
+
+def test_what_leaves_the_last_run_of_a_shared_block_is_final() -> None:
+    found = cp_lrp(exact("albert"), [[3, 8, 5, 11]], Target(7, at=2))
+    assert found.layers is not None
+    final = found.layers[0, found.layer_names.index("final")]
+    assert final.nonzero()[:, 0].tolist() == [2]
+
+
+def test_a_learned_sink_is_no_position() -> None:
+    ledger = attnlrp(exact("gpt_oss"), [[3, 8, 5, 11, 7, 2]], 7).ledger
+    assert ledger is not None
+    assert set(ledger.entries) == {"tokens", "biases", "softmax"}
