@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.massive_qk import massive_qk
+    from attnlens.analyses.patching import patch
     from attnlens.analyses.profile import profile
     from attnlens.analyses.pruning import heads_needed, prune_heads
     from attnlens.analyses.query_focused import QueryExample, query_focused_heads
@@ -177,6 +178,7 @@ _HOMES = {
     "massive_qk": "attnlens.analyses.massive_qk",
     "open_texts": "attnlens.lens.sources",
     "pack_documents": "attnlens.analyses.basin",
+    "patch": "attnlens.analyses.patching",
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
     "prune_graph": "attnlens.graphs.prune",
@@ -288,6 +290,7 @@ __all__ = [
     "massive_qk",
     "open_texts",
     "pack_documents",
+    "patch",
     "profile",
     "property_alignment",
     "prune_graph",

@@ -85,14 +85,7 @@ def ablate_positions(
     Arguments and errors otherwise as for `ablate`.
     """
     chosen = lens.anatomy.find(heads)
-    shortest = int(task.mask.sum(1).min())
-    where = tuple(range(shortest)) if positions is None else tuple(positions)
-    bad = [p for p in where if not -shortest <= p < shortest]
-    if bad or not where:
-        raise InputError(
-            f"positions={where} asks for one that the shortest prompt, of {shortest} tokens, does "
-            f"not have; choose {-shortest} to {shortest - 1}."
-        )
+    where = chosen_positions(task, positions)
     ablator = Ablator.of(lens, task, mode, reference)
     trials = [ablator.trial([h], f"{h} at {p}", p) for h in chosen for p in where]
     first = lens.token_texts(task.clean[0][task.mask[0]].tolist())
@@ -106,6 +99,24 @@ def ablate_positions(
     )
     found = run_trials(lens, task, trials, metric, sweep, seed, about, progress)
     return positions_result(asked, about, found)
+
+
+def chosen_positions(task: Task, positions: Sequence[int] | None) -> tuple[int, ...]:
+    """Positions that every prompt of a task has, all of these where not given.
+
+    Raises:
+        InputError: no position, or one that the shortest prompt does not have.
+
+    """
+    shortest = int(task.mask.sum(1).min())
+    where = tuple(range(shortest)) if positions is None else tuple(positions)
+    bad = [p for p in where if not -shortest <= p < shortest]
+    if bad or not where:
+        raise InputError(
+            f"positions={where} asks for one that the shortest prompt, of {shortest} tokens, does "
+            f"not have; choose {-shortest} to {shortest - 1}."
+        )
+    return where
 
 
 def positions_result(asked: Asked, facts: Facts, found: Values) -> PositionAblation:

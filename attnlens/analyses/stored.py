@@ -18,11 +18,20 @@ from attnlens.analyses.ablation_pairs import PairAblation, pairs_result
 from attnlens.analyses.ablation_positions import PositionAblation, positions_result
 from attnlens.analyses.asked import Asked, missing_note
 from attnlens.analyses.edit_effects import EditEffects, edits_result
+from attnlens.analyses.patching import Patching, patching_result
 from attnlens.errors import FileError
 from attnlens.sweeps.run import Values
 from attnlens.sweeps.store import Store
 
-Swept = Ablation | SetAblation | GroupAblation | PairAblation | PositionAblation | EditEffects
+Swept = (
+    Ablation
+    | SetAblation
+    | GroupAblation
+    | PairAblation
+    | PositionAblation
+    | EditEffects
+    | Patching
+)
 _MAKERS: Mapping[str, Callable[..., Any]] = {
     "heads": heads_result,
     "a set": set_result,
@@ -30,6 +39,7 @@ _MAKERS: Mapping[str, Callable[..., Any]] = {
     "pairs": pairs_result,
     "positions": positions_result,
     "edits": edits_result,
+    "patching": patching_result,
 }
 
 

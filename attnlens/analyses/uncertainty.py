@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.errors import InputError
@@ -56,13 +56,14 @@ def bootstrap_ratio(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    counted: Bool[Tensor, "prompt *#statistic"] | None = None,
 ) -> Interval:
     """Ratio of sums over prompts, `sum_p n_p / sum_p d_p`, with its percentile bootstrap interval.
 
     For rates of things of which prompts hold different numbers (arcs, answers): prompts are drawn
-    with all that they hold. A prompt whose denominator is 0 does not count. The bounds are NaN
-    where fewer than two prompts count, the ratio too where none does. Float64, on the CPU.
-    Efron 1979.
+    with all that they hold. `counted` says which prompts count; those whose denominator is not 0
+    where it is not given. The bounds are NaN where fewer than two prompts count, the ratio too
+    where none does. Float64, on the CPU. Efron 1979.
 
     Raises:
         InputError: no prompts, no resamples, or a confidence outside 0 to 1.
@@ -76,7 +77,9 @@ def bootstrap_ratio(
     shape = numerators.shape[1:]
     above = numerators.detach().double().cpu().reshape(len(numerators), shape.numel())
     below = denominators.detach().double().cpu().expand_as(numerators).reshape(above.shape)
-    above = above.masked_fill(below == 0, 0)
+    known = below != 0 if counted is None else counted.cpu().expand_as(numerators)
+    known = known.reshape(above.shape)
+    above, below = above.masked_fill(~known, 0), below.masked_fill(~known, 0)
     times = _times_drawn(len(above), resamples, seed)
     tail = (1 - confidence) / 2
     bounds = torch.full((2, above.shape[1]), torch.nan, dtype=torch.float64)
@@ -84,12 +87,12 @@ def bootstrap_ratio(
     for start in range(0, above.shape[1], step):
         part = slice(start, start + step)
         counts = times @ below[:, part]
-        ratios = times @ above[:, part] / counts
+        ratios = times @ above[:, part] / counts.masked_fill(counts == 0, torch.nan)
         wanted = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-        # A resample may miss every prompt that counts; such a one says nothing and is left out.
+        # A resample that misses every prompt that counts says nothing and is left out.
         quantile = torch.nanquantile if bool((counts == 0).any()) else torch.quantile
         bounds[:, part] = quantile(ratios, wanted, dim=0)
-    bounds[:, (below != 0).sum(0) < 2] = torch.nan
+    bounds[:, known.sum(0) < 2] = torch.nan
     ratio = above.sum(0) / below.sum(0)
     return Interval(ratio.view(shape), bounds[0].view(shape), bounds[1].view(shape))
 

@@ -1,4 +1,4 @@
-"""Dense capture: q, k, v, scores, pattern, z, result, residual, at chosen sites, heads and rows.
+"""Dense capture: q k v scores pattern z result residual mlp, at chosen sites, heads and rows.
 
 A request is priced in bytes before the model runs and refused over its budget, with the narrower
 request that would fit.
@@ -21,7 +21,7 @@ from attnlens.hooks.rows import Rows
 from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer
 
-KINDS = ("q", "k", "v", "scores", "pattern", "z", "result", "residual")
+KINDS = ("q", "k", "v", "scores", "pattern", "z", "result", "residual", "mlp")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def price(
             "z": heads * rows * site.d_v,
             "result": heads * rows * d_model,
             "residual": rows * d_model if site.name in streams else 0,
+            "mlp": rows * d_model if site.name in streams else 0,
         }
         for kind in request.kinds:
             costs[kind] += extent.batch * count[kind] * size
@@ -187,7 +188,13 @@ def check_recording(
 class Keep(Observer):
     """Observer that keeps what a request asks for: `kept[kind][site name]`."""
 
-    def __init__(self, anatomy: Anatomy, request: Request, budget: int) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        request: Request,
+        budget: int,
+        find_mlps: Callable[[], Mapping[str, str]] | None = None,
+    ) -> None:
         self.sites = frozenset(site.name for site in request.sites)
         self.kept: dict[str, dict[str, Tensor]] = {kind: {} for kind in request.kinds}
         self._anatomy = anatomy
@@ -195,27 +202,46 @@ class Keep(Observer):
         self._left = budget
         self._budget = budget
         self._model: nn.Module | None = None
+        # The model runs once to find them: before a session listens.
+        self._mlps: Mapping[str, str] = {}
+        if "mlp" in request.kinds and find_mlps is not None:
+            self._mlps = find_mlps()
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
-        """Hooks on blocks, where the residual stream is asked for."""
+        """Hooks on blocks, where the residual stream or what MLPs write is asked for."""
         self._model = model
-        if "residual" not in self._request.kinds:
-            return ()
+        asked = self._request.kinds
+        residual = self._attach_residual(model) if "residual" in asked else []
+        return [*residual, *(self._attach_mlps(model) if "mlp" in asked else [])]
+
+    def _attach_residual(self, model: nn.Module) -> list[Handle]:
         streams = _streams(self._anatomy, self._request)
         if not streams:
             raise InputError(
                 f"{self._anatomy.model} holds these sites in no list of blocks, so there is no "
                 "residual stream to keep. Leave 'residual' out."
             )
-        handles: list[Handle] = [Passing(model, self._anatomy, streams, self._enter)]
+        handles: list[Handle] = [Passing(model, self._anatomy, streams, self._shown("residual"))]
         last = _last_block(self._anatomy, self._request)
         if last is not None:
             block = model.get_submodule(last)
             handles.append(block.register_forward_hook(self._leave))
         return handles
 
-    def _enter(self, stream: Stream, tensor: Tensor) -> None:
-        self._store("residual", stream.name, self._rows(tensor, axis=1))
+    def _attach_mlps(self, model: nn.Module) -> list[Handle]:
+        streams = [s for s in _streams(self._anatomy, self._request) if s.site.block in self._mlps]
+        if not streams:
+            raise InputError(
+                f"No MLP was found in {self._anatomy.model}, at these layers, whose output is "
+                "added to the residual stream. Leave 'mlp' out."
+            )
+        return [Passing(model, self._anatomy, streams, self._shown("mlp"), self._mlps)]
+
+    def _shown(self, kind: str) -> Callable[[Stream, Tensor], None]:
+        def keep(stream: Stream, tensor: Tensor) -> None:
+            self._store(kind, stream.name, self._rows(tensor, axis=1))
+
+        return keep
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Keep what the last block returns; of a block that layers share, the last call."""

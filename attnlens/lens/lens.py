@@ -106,7 +106,7 @@ class Lens:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> Trace:
-        """Run the model and keep what is asked: `q k v scores pattern z result residual`.
+        """Run the model and keep what is asked: `q k v scores pattern z result residual mlp`.
 
         `layers` and `heads` are specifications (`"L3:"`, `"L3H5,L4H0"`); `rows` chooses query
         positions of each prompt (`-1` is the last real token). The request is priced first; over
@@ -129,7 +129,7 @@ class Lens:
         limit = parse_bytes(budget)
         element = next(self.model.parameters()).element_size()
         check_budget(request, batch.extents(anatomy), limit, anatomy, element)
-        kept = Keep(anatomy, request, limit)
+        kept = Keep(anatomy, request, limit, self.mlp_names)
         with Session(self.model, anatomy, [kept]):
             output = self._forward(batch)
         return Trace(

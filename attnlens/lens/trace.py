@@ -64,8 +64,8 @@ class Trace:
 
     `z` is `batch head query d_v`, `result` `batch head query d_model`, `q` `batch head query d_qk`,
     `k` and `v` `batch group key d`, `residual` (the stream entering a layer's block, and `"final"`)
-    `batch query d_model`. Positions are those of the model's input: texts are padded on the right,
-    and `sides` says which positions are real.
+    and `mlp` (what its MLP adds to the stream) `batch query d_model`. Positions are those of the
+    model's input: texts are padded on the right, and `sides` says which positions are real.
     """
 
     anatomy: Anatomy
@@ -132,6 +132,11 @@ class Trace:
     def residual(self) -> SiteTensors:
         """Residual stream entering each layer's block, and `"final"`, `batch query d_model`."""
         return self["residual"]
+
+    @property
+    def mlp(self) -> SiteTensors:
+        """What each layer's MLP adds to the residual stream, `batch query d_model`."""
+        return self["mlp"]
 
     def to_frame(self, kind: str = "pattern", prompt: int = 0) -> pd.DataFrame:
         """A table of one prompt's weights or scores: site, head, query, key, tokens, value.

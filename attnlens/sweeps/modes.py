@@ -98,9 +98,7 @@ class Ablator:
         if mode not in list(Mode):
             raise InputError(f"There is no ablation {mode!r}; choose {', '.join(Mode)}.")
         mode = Mode(mode)
-        differs = ((task.clean != task.corrupt) & task.mask).any(0).nonzero()
-        shortest = int(task.mask.sum(1).min())
-        about = shortest, int(differs[0]) if len(differs) else shortest
+        about = compared(task)
         if mode in (Mode.MEAN, Mode.POSITION_MEAN):
             given = task.corrupt_inputs() if reference is None else reference
             means = lens.mean_z(given, by_position=mode is Mode.POSITION_MEAN)
@@ -177,6 +175,13 @@ class _Made:
 
     def __call__(self, lens: Lens, prompts: slice) -> tuple[Edit, ...]:
         return self.ablator.edits(lens, prompts, self.heads, self.position)
+
+
+def compared(task: Task) -> tuple[int, int]:
+    """Length of the shortest prompt, and before which position no prompt differs from its twin."""
+    differs = ((task.clean != task.corrupt) & task.mask).any(0).nonzero()
+    shortest = int(task.mask.sum(1).min())
+    return shortest, int(differs[0]) if len(differs) else shortest
 
 
 def _digest(lens: Lens, reference: Inputs | None) -> str | None:

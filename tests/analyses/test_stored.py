@@ -31,6 +31,10 @@ KINDS: dict[str, Run] = {
     "edits": lambda lens, task, **how: al.try_edits(
         lens, task, {"half": al.Scale("L1", 0.5), "both": (al.Zero("L0"), al.Uniform("L1"))}, **how
     ),
+    "patching": lambda lens, task, **how: al.patch(
+        lens, task, "z", "L0H1,L1H2", (3, -1), "noise", **how
+    ),
+    "patched layers": lambda lens, task, **how: al.patch(lens, task, "mlp", **how),
 }
 
 
@@ -79,7 +83,7 @@ def test_what_is_missing_is_left_out_and_said(
         half = al.ablate(
             random_lens, task.subset(slice(2)), "L1H0,L2H3", "mean", reference=task.corrupt_inputs()
         )
-    for name in ("effect", "interaction", "joint", "control"):
+    for name in ("effect", "interaction", "joint", "control", "share"):
         if hasattr(half, name):
             wanted, found = (torch.as_tensor(getattr(r, name)) for r in (half, read))
             assert torch.allclose(found, wanted, atol=1e-12, equal_nan=True), name

@@ -118,3 +118,14 @@ def test_a_rate_of_nothing_is_unknown() -> None:
     found = bootstrap_ratio(torch.zeros(3), torch.zeros(3))
     assert found.mean.isnan()
     assert found.low.isnan()
+
+
+def test_prompts_that_are_counted_by_name_count_with_a_denominator_of_0() -> None:
+    above, below = torch.tensor([3.0, 1.0, 5.0]), torch.tensor([0.0, 2.0, 2.0])
+    counted = torch.tensor([True, True, False])
+    found = bootstrap_ratio(above, below, 200, counted=counted)
+    assert found.mean == 2  # (3 + 1) / (0 + 2)
+    # Resamples that hold no denominator say nothing: the least that is left is all of the second.
+    assert found.low == 0.5
+    assert found.high > 2
+    assert bootstrap_ratio(above, below).mean == 1.5

@@ -289,3 +289,28 @@ def test_a_gated_output_has_no_result() -> None:
     lens, inputs = opened("bitnet")
     with pytest.raises(al.errors.UnsupportedModelError, match="no output projection"):
         lens.run(inputs, keep="result")
+
+
+MLPS = {
+    "gpt2": "transformer.h.1.mlp",
+    "llama": "model.layers.1.mlp",
+    "gemma2": "model.layers.1.post_feedforward_layernorm",
+    "opt": "model.decoder.layers.1.fc2",
+    "bart": "model.decoder.layers.1.fc2",
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_what_an_mlp_adds_is_what_its_module_returns(name: str) -> None:
+    lens, inputs = opened(name)
+    returned: list[torch.Tensor] = []
+    module = lens.model.get_submodule(MLPS[name])
+    handle = module.register_forward_hook(lambda _, __, out: returned.append(out))
+    kept = lens.run(inputs, keep="mlp").mlp
+    handle.remove()
+    site = "dec.L1" if name == "bart" else "L1"
+    torch.testing.assert_close(kept[site], returned[-1].reshape(kept[site].shape))
+    assert kept[site].any()
+    last = lens.run(inputs, keep="mlp", layers=site, rows=-1).mlp
+    assert list(last) == [site]
+    assert last[site].shape[1] == 1
