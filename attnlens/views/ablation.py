@@ -102,10 +102,9 @@ def show_pairs(result: PairAblation) -> go.Figure:
     values.fill_diagonal_(0)
     values += result.single.diag()
     title = f"{mode_name(result.mode)} ablation of pairs"
-    figure = _heat(
-        result, values.numpy(), names, names, partial(_pair_text, result), "effect, interaction"
-    )
-    styled(figure, _title(result, title, result.joint), _height(len(names), 48))
+    beside = effect_colours(result.metric, "effect, interaction")
+    figure = heat_map(values.numpy(), names, names, partial(_pair_text, result), *beside)
+    styled(figure, _title(result, title, result.joint), map_height(len(names), 48))
     figure.update_yaxes(scaleanchor="x", constrain="domain", ticksuffix=" ")
     figure.update_xaxes(constrain="domain")
     return figure
@@ -115,24 +114,16 @@ def show_pairs(result: PairAblation) -> go.Figure:
 def show_positions(result: PositionAblation) -> go.Figure:
     """Effect of each head at each position; heads down, the first prompt's tokens across."""
     names = [str(head) for head in result.heads]
-    labels = [
-        f"{token_label(token)}<sub> {position}</sub>"
-        for token, position in zip(result.tokens, result.positions, strict=True)
-    ]
+    labels = place_labels(result.tokens, result.positions)
 
     def text(i: int, j: int) -> str:
         return _place_text(result, i, j, labels[j])
 
     title = f"{mode_name(result.mode)} ablation by position"
-    figure = _heat(result, result.effect.numpy(), names, labels, text, "effect")
-    styled(figure, _title(result, title, result.ablated), _height(len(names), 24))
-    figure.update_xaxes(
-        title="position (tokens of the first prompt)", tickangle=-60, side="bottom",
-        tickvals=labels[:: len(labels) // LABELLED + 1],
-    )  # fmt: skip
-    figure.update_yaxes(ticksuffix=" ")
-    figure.update_layout(margin={"b": 100})
-    return figure
+    beside = effect_colours(result.metric, "effect")
+    figure = heat_map(result.effect.numpy(), names, labels, text, *beside)
+    styled(figure, _title(result, title, result.ablated), map_height(len(names), 24))
+    return across_tokens(figure, labels)
 
 
 @show.register
@@ -257,18 +248,18 @@ def _title(
     return f"{title} on {task_name(result)}, {prompts_text(result)}{missing_text(values)}"
 
 
-def _heat(
-    result: PairAblation | PositionAblation,
+def heat_map(
     values: Grid,
     rows: Sequence[str],
     columns: Sequence[str],
     text: Callable[[int, int], str],
     what: str,
+    turned: bool,
 ) -> go.Figure:
-    """A heat map that diverges from no effect, the bad side red.
+    """A heat map that diverges from 0, red above, or below where `turned`.
 
-    `text` is what the hover says of a cell, in maps that are small enough for a page to hold it.
-    Raises InputError where no value is known yet.
+    `text` is what the hover says of a cell, in maps that are small enough for a page to hold it;
+    `what` is markup beside the colours. Raises InputError where no value is known yet.
     """
     known = values[np.isfinite(values)]
     if not known.size:
@@ -290,10 +281,8 @@ def _heat(
             hovertemplate=f"{'%{customdata}' if told else PLAIN}<extra></extra>",
         )
     )
-    metric, measured, worse = METRICS[result.metric]
-    axis = colour_axis("diverging", -top, top, "", turned=worse < 0)
-    unit = f"({measured}); " if measured else ""
-    axis["colorbar"]["title"]["text"] = f"{what} on {metric}<br>{unit}{RED}"
+    axis = colour_axis("diverging", -top, top, "", turned=turned)
+    axis["colorbar"]["title"]["text"] = what
     figure.update_layout(coloraxis=axis)
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", autorange="reversed")
@@ -301,6 +290,32 @@ def _heat(
     if len(rows) <= LABELLED:
         figure.update_yaxes(tickvals=list(rows))
     return figure
+
+
+def effect_colours(metric: str, what: str) -> tuple[str, bool]:
+    """What stands beside the colours of effects on a metric, and whether they are turned."""
+    _, measured, worse = METRICS[metric]
+    unit = f"({measured}); " if measured else ""
+    return f"{what} on {metric}<br>{unit}{RED}", worse < 0
+
+
+def across_tokens(figure: go.Figure, labels: Sequence[str]) -> go.Figure:
+    """The heat map with the tokens of the first prompt below it, as many as have room."""
+    figure.update_xaxes(
+        title="position (tokens of the first prompt)", tickangle=-60, side="bottom",
+        tickvals=list(labels)[:: len(labels) // LABELLED + 1],
+    )  # fmt: skip
+    figure.update_yaxes(ticksuffix=" ")
+    figure.update_layout(margin={"b": 100})
+    return figure
+
+
+def place_labels(tokens: Sequence[str], positions: Sequence[int]) -> list[str]:
+    """One label a position, all different: the token and where it stands."""
+    return [
+        f"{token_label(token)}<sub> {position}</sub>"
+        for token, position in zip(tokens, positions, strict=True)
+    ]
 
 
 def _pair_text(result: PairAblation, i: int, j: int) -> str:
@@ -326,5 +341,6 @@ def _place_text(result: PositionAblation, i: int, j: int, label: str) -> str:
     )
 
 
-def _height(rows: int, each: int) -> int:
+def map_height(rows: int, each: int) -> int:
+    """Height of a figure of a heat map whose rows are `each` high."""
     return int(np.clip(each * rows + 170, 360, 1100))

@@ -13,14 +13,18 @@ from attnlens.analyses.ablation_groups import GroupAblation, SetAblation
 from attnlens.analyses.ablation_pairs import PairAblation
 from attnlens.analyses.ablation_positions import PositionAblation
 from attnlens.analyses.edit_effects import EditEffects
+from attnlens.analyses.patching import Patching
 from attnlens.analyses.stored import Swept
 from attnlens.sweeps.modes import Mode
 from attnlens.views.ablation import group_word
 from attnlens.views.panels import interval_text, number_text
+from attnlens.views.patching import patching_title, share_name
 from attnlens.views.ranking import (
+    LEAST,
     METRICS,
     NONE_CLEAR,
     ablation_lines,
+    change_of,
     cost_text,
     costly,
     mode_name,
@@ -53,6 +57,7 @@ DIAMONDS = (
     "head costs."
 )
 COLOURS = "Red: the task goes worse; blue: better."
+TOWARDS = "Blue: towards the clean run; red: away from it."
 BOUNDS = {"effect_low": "from", "effect_high": "to"}
 
 
@@ -203,6 +208,51 @@ def _(result: PositionAblation, vocab: int | None = None) -> Part:
         tables={"positions": Table(frame, "effect of each head at each position", headings=BOUNDS)},
         notes=result.notes,
     )
+
+
+@part_of.register
+def _(result: Patching, vocab: int | None = None) -> Part:
+    known = bool((~result.share.isnan()).any())
+    column = "share" if known else "effect"
+    frame = _by_size(result.to_frame(), column)
+    clear = [
+        r
+        for r in _records(frame)
+        if abs(r[column]) >= LEAST and (r[f"{column}_low"] > 0 or r[f"{column}_high"] < 0)
+    ]
+    called = share_name(result) if known else change_of(result.metric)
+    lines = [
+        f"{_place(r)}: {called} {number_text(r[column])} ({interval_text(r, column)})."
+        for r in clear[:MOST]
+    ]
+    none = f"No {called} of {LEAST:g} or more has an interval clear of 0."
+    given, run = ("clean", "corrupt") if result.direction == "denoise" else ("corrupt", "clean")
+    return Part(
+        title=patching_title(result),
+        lines=(*task_lines(result, vocab), *(lines or [none])),
+        prose=_graded(
+            result,
+            f"Each place in turn, {run} prompts are given the {result.kind} of their {given} "
+            "twins. Then",
+        )
+        + f" The {share_name(result)} is the effect as a share of what the two runs differ by."
+        + _by_chance(len(frame), "places", result, sides=2),
+        figures={"patching": Drawn(show(result), TOWARDS if known else COLOURS)},
+        tables={
+            "patching": Table(
+                frame, "effect and share of each place",
+                headings={"share_low": "from", "share_high": "to"} | BOUNDS,
+            )
+        },
+        notes=result.notes,
+    )  # fmt: skip
+
+
+def _place(record: dict[str, Any]) -> str:
+    """`L3H5`, or `L3H5 at position 4 (the)`."""
+    if "position" not in record:
+        return record["place"]
+    return f"{record['place']} at position {record['position']} ({visible(record['token'])})"
 
 
 def _prose(

@@ -22,6 +22,7 @@ PAGES = [
     "docs/head-profiles.md",
     "docs/edits.md",
     "docs/ablation.md",
+    "docs/patching.md",
     "docs/attribution.md",
     "docs/faithfulness.md",
     "docs/tasks.md",
