@@ -24,6 +24,7 @@ from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
 from attnlens.hooks.edits.means import add_longer
 from attnlens.hooks.examples import example_inputs
+from attnlens.hooks.find_wiring import find_wiring
 from attnlens.hooks.keep import Keep, Request, check_budget, check_recording
 from attnlens.hooks.measure import Measure, merge
 from attnlens.hooks.mlp import Mlp, find_mlps
@@ -34,6 +35,7 @@ from attnlens.hooks.reducers import Reducer
 from attnlens.hooks.restart import Record, Restart
 from attnlens.hooks.session import Observer, Session
 from attnlens.hooks.thread import apart
+from attnlens.hooks.wiring import Wiring
 from attnlens.lens.asked import check_edits, check_names, check_prompts, choose, parse_bytes
 from attnlens.lens.decode import Decoded, Decoder, end_ids
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
@@ -317,6 +319,13 @@ class Lens:
         """Whether relevance is conserved without edits; found once, on the example input."""
         with apart():
             return check_conservation(self.model, self.anatomy, self._example)
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """What writes to the residual stream, and what reads it; found once, on an example."""
+        with apart():
+            example = self._given_example or example_inputs(self.model, batch=12)
+            return find_wiring(self.model, self.anatomy, self.mlps, example)
 
     def decode(
         self,
