@@ -10,6 +10,7 @@ import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
 
+from attnlens.anatomy.network import ARROW
 from attnlens.errors import InputError
 from attnlens.views.circuit_layout import PORT, PORTS, TALL, Box, Edge, Layout, lay_out
 from attnlens.views.panels import count_text, number_text
@@ -73,9 +74,12 @@ def _said(every: Sequence[Edge], edges: Sequence[Edge], nodes: int) -> str:
     """What is drawn, and what width and opacity mean."""
     if not every:
         return "No edge is kept."
-    what = f"{count_text(len(every), 'edge')} between {count_text(nodes, 'node')}"
+    all_names, names = ({_name(edge) for edge in some} for some in (every, edges))
+    what = f"{count_text(len(names), 'edge')} between {count_text(nodes, 'node')}"
     if len(edges) < len(every):
-        what = f"The {len(edges):,} strongest of {count_text(len(every), 'edge')}"
+        what = f"The {len(names):,} strongest of {count_text(len(all_names), 'edge')}"
+    if len(names) < len(edges):
+        what += ", some read by several heads together"
     sizes = {abs(data["weight"]) for *_, data in edges}
     wide = "; wider: larger score" if len(sizes) > 1 else ""
     faint = "; fainter: chosen less often" if any("chosen" in d for *_, d in edges) else ""
@@ -217,14 +221,20 @@ def _hover(edges: Sequence[Edge], layout: Layout) -> go.Scatter:
 
 def _text(edge: Edge) -> str:
     """What the hover says of an edge."""
-    source, target, _, data = edge
-    name = str(data.get("name", f"{source}->{target}")).replace("->", " \u2192 ")
-    lines = [f"<b>{escaped(name)}</b>", f"score {number_text(float(data['weight']))}"]
+    _, target, _, data = edge
+    name = escaped(_name(edge).replace(ARROW, " \u2192 "))
+    lines = [f"<b>{name}</b>", f"score {number_text(float(data['weight']))}"]
     if "chosen" in data:
         lines.append(f"chosen in {float(data['chosen']):.0%} of resamples")
     if "shared" in data:
         lines.append(f"read by {data['shared']} heads together, {escaped(target)} among them")
     return "<br>".join(lines)
+
+
+def _name(edge: Edge) -> str:
+    """The name of an edge, which lines to several heads may share."""
+    source, target, key, data = edge
+    return str(data.get("name", f"{source}{ARROW}{target}" + f"<{key}>" * (key in PORTS)))
 
 
 def _frame(figure: go.Figure, layout: Layout, title: str, said: str) -> None:

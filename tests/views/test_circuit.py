@@ -135,6 +135,11 @@ def test_shared_keys_say_that_they_are_read_together() -> None:
     kept = own.mask(own.find(["embed->L0G0<k>", "L0H1->logits"]))
     figure = circuit_figure(circuit_graph(own, kept), "t")
     assert drawn(figure).total() == 2
+    both = own.mask(own.find(["embed->L0G0<k>", "L0H0->logits", "L0H1->logits"]))
+    together = circuit_figure(circuit_graph(own, both), "t")
+    assert drawn(together).total() == 4
+    said = "3 edges between 4 nodes, some read by several heads together."
+    assert said in together.layout.title.text
     text = next(text for text in hovers(figure) if "L0G0" in text)
     assert text.endswith("score 1.00<br>read by 2 heads together, L0H1 among them")
 
