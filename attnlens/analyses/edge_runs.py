@@ -26,8 +26,10 @@ Direction = Literal["noise", "denoise"]
 """`noise`: the clean prompt, with what is cut as in the reference. `denoise`: the corrupt prompt,
 with what is cut as in the clean one."""
 
-SPACE = 2**30
-"""Bytes that what senders wrote may take, all choices that run side by side together."""
+SPACE = {"cpu": 2**25}
+"""Bytes that what senders wrote may take, all choices that run side by side together: on a CPU so
+much as stays near its cache, elsewhere what `SPACE_ELSEWHERE` says."""
+SPACE_ELSEWHERE = 2**31
 
 
 class EdgeAblation(StrEnum):
@@ -222,7 +224,8 @@ class EdgeRuns:
         width = self.lens.anatomy.d_model or 1
         each = batch.sides.text.ids
         tokens = each.numel() if each is not None else batch.size
-        return max(1, SPACE // (len(self.network.senders) * tokens * width * 4))
+        space = SPACE.get(self.lens.device.type, SPACE_ELSEWHERE)
+        return max(1, space // (len(self.network.senders) * tokens * width * 4))
 
     def _prepared(self, references: References, prompts: slice) -> _Part:
         part = self.task.subset(prompts)

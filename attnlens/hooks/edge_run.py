@@ -13,7 +13,7 @@ from its own input; that costs as many products as usual, but norms run once for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,7 @@ class EdgeRun(Observer):
         self._weights = _weights(wiring, kept)
         self._rows, self._sizes = _streams(wiring)
         self._changes: dict[str, Tensor] = {}
+        self._ready: dict[tuple[str, str], Tensor] = {}
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on what writes and what reads."""
@@ -196,12 +197,17 @@ class EdgeRun(Observer):
 
     def _inputs(self, reader: Reader, chosen: slice) -> Tensor:
         """The sums that some receivers of a reader read: `copy input prompt position d_model`."""
-        stream, weights = self._weights[reader.part, reader.kind]
-        weights = weights[:, chosen]
+        return self._sums([reader], chosen)
+
+    def _sums(self, readers: Sequence[Reader], chosen: slice) -> Tensor:
+        """The same for several readers at one place, the chosen inputs of each."""
+        stream = self._weights[readers[0].part, readers[0].kind][0]
+        own = [self._weights[reader.part, reader.kind][1][:, chosen] for reader in readers]
+        weights = torch.cat(own, dim=1)
         changes = self._changes[stream][:, : weights.shape[2]]
-        base = self._reference.streams[reader.place]
+        base = self._reference.streams[readers[0].place]
         total = torch.bmm(weights.to(changes), changes.flatten(2)).unflatten(2, changes.shape[2:])
-        return (total + base).to(base.dtype)
+        return total.add_(base).to(base.dtype)
 
     def _enter(self, reader: Reader, normed: bool) -> Callable[..., Any]:
         """An input that is one stream: an MLP's, through its norm, or the logits' before theirs."""
@@ -242,18 +248,40 @@ class EdgeRun(Observer):
         assert reader.projection is not None
         features = reader.projection.features.to(weight.device)
         bias = getattr(module, "bias", None)
-        base = self._reference.streams[reader.place]
-        step = max(1, _SPACE // (2 * self._copies * base.nbytes))
-        for start in range(0, reader.inputs, step):
-            chosen = slice(start, start + step)
+        for chosen, given in self._normed(reader):
             own = features[chosen]
-            given = self._wiring.normed(reader.place, self._inputs(reader, chosen).flatten(1, 2))
-            given = given.unflatten(1, (len(own), -1)).to(weight.dtype)
             columns = weight[:, own.flatten()].unflatten(1, own.shape)
-            out = torch.einsum("cnbtd,dnh->cbtnh", given, columns).flatten(3)
+            out = torch.einsum("cnbtd,dnh->cbtnh", given.to(weight.dtype), columns).flatten(3)
             if bias is not None:
                 out = out + weight_of(module, "bias")[own.flatten()]
             made[..., own.flatten()] = out.reshape(*made.shape[:-1], -1)
+
+    def _normed(self, reader: Reader) -> Iterator[tuple[slice, Tensor]]:
+        """What a reader's linear module is given, for some inputs at a time.
+
+        What senders wrote is the large thing here: queries, keys and values of a site that read at
+        one place are summed in one pass over it, where memory allows.
+        """
+        together = self._together(reader)
+        inputs = sum(other.inputs for other in together)
+        each = 2 * self._copies * self._reference.streams[reader.place].nbytes
+        if inputs * each > _SPACE:
+            step = max(1, _SPACE // each)
+            for start in range(0, reader.inputs, step):
+                chosen = slice(start, start + step)
+                yield chosen, self._wiring.normed(reader.place, self._inputs(reader, chosen))
+            return
+        key = reader.part, reader.kind
+        if key not in self._ready:
+            sums = self._sums(together, slice(None))
+            normed = self._wiring.normed(reader.place, sums)
+            parts = normed.split([other.inputs for other in together], dim=1)
+            self._ready |= {(o.part, o.kind): n for o, n in zip(together, parts, strict=True)}
+        yield slice(None), self._ready.pop(key)
+
+    def _together(self, reader: Reader) -> list[Reader]:
+        """The queries, keys and values of a site that read at the same place."""
+        return [r for r in self._wiring.readers if (r.part, r.place) == (reader.part, reader.place)]
 
 
 def _weights(

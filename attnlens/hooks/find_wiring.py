@@ -22,7 +22,7 @@ from attnlens.anatomy.weights import HeadWeights, output_weight
 from attnlens.errors import UnsupportedModelError
 from attnlens.hooks.mlp import Mlp
 from attnlens.hooks.probe import evaluating
-from attnlens.hooks.projections import head_weights
+from attnlens.hooks.projections import weights_of_sites
 from attnlens.hooks.replaced import of_this_thread
 from attnlens.hooks.residual import Passing, Stream
 from attnlens.hooks.returned import first_tensor, put, same_numbers, tensors_of
@@ -54,7 +54,7 @@ def find_wiring(
     sites = text_sites(anatomy)
     _check(anatomy, sites)
     writers = _writers(anatomy, sites, mlps)
-    weights = {site.name: head_weights(model, anatomy, site, example) for site in sites}
+    weights = weights_of_sites(model, anatomy, sites, example)
     seen = _Seen()
     with evaluating(model), Session(model, anatomy, [_Watch(anatomy, writers, seen)]):
         model(**example)

@@ -8,7 +8,7 @@ others; a norm between the projection and attention (QK-norm) is undone by compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,40 +29,45 @@ def head_weights(
     model: nn.Module, anatomy: Anatomy, site: Site, example: Mapping[str, Any]
 ) -> HeadWeights:
     """W_Q, W_K, W_V and W_O of a site, head by head, without biases and norms."""
-    spy = _Spy(site)
+    return weights_of_sites(model, anatomy, [site], example)[site.name]
+
+
+def weights_of_sites(
+    model: nn.Module, anatomy: Anatomy, sites: Sequence[Site], example: Mapping[str, Any]
+) -> dict[str, HeadWeights]:
+    """The weights of several sites, by name, from one run."""
+    spy = _Spy(sites)
     with torch.no_grad(), evaluating(model), Session(model, anatomy, [spy]):
         model(**example)
-    assert spy.call is not None
-    found = {
-        name: _match(received, spy.outputs)
-        for name, received in (
-            ("query", spy.call.query),
-            ("key", spy.call.key),
-            ("value", spy.call.value),
-        )
-    }
-    return HeadWeights(model, site, {name: part for name, part in found.items() if part})
+    return {site.name: HeadWeights(model, site, _matched(*spy.seen[site.name])) for site in sites}
+
+
+def _matched(call: Call, outputs: Mapping[str, Tensor]) -> dict[str, Projection]:
+    received = {"query": call.query, "key": call.key, "value": call.value}
+    found = {name: _match(tensor, outputs) for name, tensor in received.items()}
+    return {name: part for name, part in found.items() if part}
 
 
 class _Spy(Observer):
-    """Observer of one site that makes the module's linear parts return noise, and notes it."""
+    """Observer of sites that makes their modules' linear parts return noise, and notes it."""
 
-    def __init__(self, site: Site) -> None:
-        self.sites = frozenset([site.name])
-        self.call: Call | None = None
-        self.outputs: dict[str, Tensor] = {}
-        self._module = site.module
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = frozenset(site.name for site in sites)
+        self.seen: dict[str, tuple[Call, dict[str, Tensor]]] = {}
+        """By site, its call and what the linear modules returned before it."""
+        self._modules = tuple(dict.fromkeys(site.module for site in sites))
         self._latest: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Replace the output of every linear module inside the attention module."""
+        """Replace the output of every linear module inside the attention modules."""
         handles: list[Any] = []
-        for name, module in model.get_submodule(self._module).named_modules(prefix=self._module):
-            weight = getattr(module, "weight", None)
-            norm = "norm" in type(module).__name__.lower()
-            if isinstance(weight, Tensor) and weight.ndim == 2 and not norm:
-                handles.append(module.register_forward_hook(self._replace(name)))
+        for prefix in self._modules:
+            for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+                weight = getattr(module, "weight", None)
+                norm = "norm" in type(module).__name__.lower()
+                if isinstance(weight, Tensor) and weight.ndim == 2 and not norm:
+                    handles.append(module.register_forward_hook(self._replace(name)))
         return handles
 
     def _replace(self, name: str) -> Callable[..., Tensor | None]:
@@ -77,7 +82,8 @@ class _Spy(Observer):
 
     def see(self, site: Site, call: Call) -> Call:
         """Freeze what was noted when the site is called."""
-        self.call, self.outputs = call, dict(self._latest)
+        own = {n: made for n, made in self._latest.items() if n.startswith(f"{site.module}.")}
+        self.seen[site.name] = call, own
         return call
 
 
