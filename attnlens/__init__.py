@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from attnlens.analyses.basin import DocumentPrompt, attention_basin, pack_documents
     from attnlens.analyses.chefer import chefer, relevance_rollout
     from attnlens.analyses.chefer_lrp import chefer_lrp
+    from attnlens.analyses.circuit import Circuit
+    from attnlens.analyses.circuit_curve import faithfulness_curve
     from attnlens.analyses.composition import composition
     from attnlens.analyses.contrast_decoding import contrast_decode
     from attnlens.analyses.contrastive_heads import ContrastiveHeads
+    from attnlens.analyses.edge_scores import edges
     from attnlens.analyses.edit_effects import try_edits
     from attnlens.analyses.erasure import leave_one_out, random_attribution
     from attnlens.analyses.faithfulness import faithfulness
     from attnlens.analyses.flow_attribution import flow_attribution
     from attnlens.analyses.gradient_rollout import gradient_rollout
+    from attnlens.analyses.greedy_edges import remove_edges
     from attnlens.analyses.head_similarity import head_similarity
     from attnlens.analyses.head_types import head_types
     from attnlens.analyses.importance import first_order_effects, gradient_importance
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
     from attnlens.analyses.long_context import long_context_heads
     from attnlens.analyses.massive_activations import massive_activations
     from attnlens.analyses.massive_qk import massive_qk
+    from attnlens.analyses.node_scores import nodes
     from attnlens.analyses.patching import patch
+    from attnlens.analyses.path_patching import path_patch
     from attnlens.analyses.profile import profile
     from attnlens.analyses.pruning import heads_needed, prune_heads
     from attnlens.analyses.query_focused import QueryExample, query_focused_heads
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
     from attnlens.analyses.value_norms import value_norms
     from attnlens.analyses.vision import visual_sinks
     from attnlens.analyses.vision_heads import vision_aware_heads
+    from attnlens.graphs.circuit import circuit_graph
     from attnlens.graphs.export import export_graph, load_graph
     from attnlens.graphs.flow import rollout_graph
     from attnlens.graphs.prune import prune_graph
@@ -102,6 +109,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ArgMax": "attnlens.hooks.reducers",
     "Bias": "attnlens.hooks.edits",
+    "Circuit": "attnlens.analyses.circuit",
     "ColumnMass": "attnlens.hooks.reducers",
     "ContrastiveHeads": "attnlens.analyses.contrastive_heads",
     "DocumentPrompt": "attnlens.analyses.basin",
@@ -150,13 +158,16 @@ _HOMES = {
     "attribute": "attnlens.analyses.attribute",
     "chefer": "attnlens.analyses.chefer",
     "chefer_lrp": "attnlens.analyses.chefer_lrp",
+    "circuit_graph": "attnlens.graphs.circuit",
     "composition": "attnlens.analyses.composition",
     "contrast_decode": "attnlens.analyses.contrast_decoding",
     "cp_lrp": "attnlens.analyses.relevance",
+    "edges": "attnlens.analyses.edge_scores",
     "edits_from_json": "attnlens.hooks.edits",
     "edits_to_json": "attnlens.hooks.edits",
     "export_graph": "attnlens.graphs.export",
     "faithfulness": "attnlens.analyses.faithfulness",
+    "faithfulness_curve": "attnlens.analyses.circuit_curve",
     "first_order_effects": "attnlens.analyses.importance",
     "flow_attribution": "attnlens.analyses.flow_attribution",
     "frozen": "attnlens.lens.frozen",
@@ -176,9 +187,11 @@ _HOMES = {
     "long_context_heads": "attnlens.analyses.long_context",
     "massive_activations": "attnlens.analyses.massive_activations",
     "massive_qk": "attnlens.analyses.massive_qk",
+    "nodes": "attnlens.analyses.node_scores",
     "open_texts": "attnlens.lens.sources",
     "pack_documents": "attnlens.analyses.basin",
     "patch": "attnlens.analyses.patching",
+    "path_patch": "attnlens.analyses.path_patching",
     "profile": "attnlens.analyses.profile",
     "property_alignment": "attnlens.analyses.alignment",
     "prune_graph": "attnlens.graphs.prune",
@@ -187,6 +200,7 @@ _HOMES = {
     "random_attribution": "attnlens.analyses.erasure",
     "relevance_graph": "attnlens.graphs.relevance",
     "relevance_rollout": "attnlens.analyses.chefer",
+    "remove_edges": "attnlens.analyses.greedy_edges",
     "retrieval_heads": "attnlens.analyses.retrieval",
     "rhythm": "attnlens.analyses.rhythm",
     "rollout": "attnlens.analyses.rollout",
@@ -210,6 +224,7 @@ _ROOMS = frozenset({"analyses", "errors", "graphs", "tasks", "views", "zoo"})
 __all__ = [
     "ArgMax",
     "Bias",
+    "Circuit",
     "ColumnMass",
     "ContrastiveHeads",
     "DocumentPrompt",
@@ -260,14 +275,17 @@ __all__ = [
     "attribute",
     "chefer",
     "chefer_lrp",
+    "circuit_graph",
     "composition",
     "contrast_decode",
     "cp_lrp",
+    "edges",
     "edits_from_json",
     "edits_to_json",
     "errors",
     "export_graph",
     "faithfulness",
+    "faithfulness_curve",
     "first_order_effects",
     "flow_attribution",
     "frozen",
@@ -288,9 +306,11 @@ __all__ = [
     "long_context_heads",
     "massive_activations",
     "massive_qk",
+    "nodes",
     "open_texts",
     "pack_documents",
     "patch",
+    "path_patch",
     "profile",
     "property_alignment",
     "prune_graph",
@@ -299,6 +319,7 @@ __all__ = [
     "random_attribution",
     "relevance_graph",
     "relevance_rollout",
+    "remove_edges",
     "retrieval_heads",
     "rhythm",
     "rollout",

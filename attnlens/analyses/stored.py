@@ -19,6 +19,7 @@ from attnlens.analyses.ablation_positions import PositionAblation, positions_res
 from attnlens.analyses.asked import Asked, missing_note
 from attnlens.analyses.edit_effects import EditEffects, edits_result
 from attnlens.analyses.patching import Patching, patching_result
+from attnlens.analyses.path_patching import PathEffects, paths_result
 from attnlens.errors import FileError
 from attnlens.sweeps.run import Values
 from attnlens.sweeps.store import Store
@@ -31,6 +32,7 @@ Swept = (
     | PositionAblation
     | EditEffects
     | Patching
+    | PathEffects
 )
 _MAKERS: Mapping[str, Callable[..., Any]] = {
     "heads": heads_result,
@@ -40,6 +42,7 @@ _MAKERS: Mapping[str, Callable[..., Any]] = {
     "positions": positions_result,
     "edits": edits_result,
     "patching": patching_result,
+    "paths": paths_result,
 }
 
 

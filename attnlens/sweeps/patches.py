@@ -66,12 +66,10 @@ def patch_trials(
     it; else there is none.
     """
     last = _last_block(lens.anatomy)
-    cross = any(site.kind == "cross" for site in last)
-    kept = dict.fromkeys((kind, "residual", *(OF_KEYS if cross else ())))
-    donor = Donor(task, tuple(kept), corrupt=True)
-    whole = _Whole(donor, last)
-    if not _repeats(lens, task, whole):
-        donor, whole = Donor(task, (kind,), corrupt=True), None
+    donor = Donor(task, tuple(dict.fromkeys((kind, *_given(last)))), corrupt=True)
+    whole = whole_trial(lens, task, donor)
+    if whole is None:
+        donor = Donor(task, (kind,), corrupt=True)
     shortest, same = compared(task)
     trials: list[Trial] = []
     for place in places:
@@ -81,9 +79,19 @@ def patch_trials(
             name = place.name if position is None else f"{place.name} at {position}"
             edits = _Patched(donor, kind, place, position)
             trials.append(Trial(name, edits, about, max(same, own or 0)))
-    if whole is not None:
-        trials.append(Trial(WHOLE, whole, {"patch": "everything"}, same))
-    return trials
+    return trials if whole is None else [*trials, whole]
+
+
+def whole_trial(lens: Lens, task: Task, donor: Donor | None = None) -> Trial | None:
+    """The trial `donor`, all of the corrupt run; None where the last layer cannot be given it.
+
+    A donor that keeps more is taken where it is given.
+    """
+    last = _last_block(lens.anatomy)
+    whole = _Whole(donor or Donor(task, _given(last), corrupt=True), last)
+    if not _repeats(lens, task, whole):
+        return None
+    return Trial(WHOLE, whole, {"patch": "everything"}, compared(task)[1])
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,12 @@ def _last_block(anatomy: Anatomy) -> tuple[Site, ...]:
     """The sites of the last block; of a block that layers share, those of its first run."""
     last = anatomy.sites[-1]
     return tuple(s for s in anatomy.sites if s is last or (s.block == last.block and s.call == 0))
+
+
+def _given(last: Sequence[Site]) -> tuple[str, ...]:
+    """Kinds of all that a last block is given."""
+    cross = any(site.kind == "cross" for site in last)
+    return ("residual", *(OF_KEYS if cross else ()))
 
 
 def _group(site: Site, head: Head) -> tuple[Head, ...]:

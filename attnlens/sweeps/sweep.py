@@ -20,6 +20,7 @@ from torch import Tensor
 from attnlens.errors import BudgetError, InputError
 from attnlens.hooks.edits import Edit
 from attnlens.lens import Lens
+from attnlens.sweeps.at_reads import edits_at, reads_suffice
 from attnlens.sweeps.clean_run import CleanRun
 from attnlens.sweeps.prefix import after_prefix, shared_positions
 from attnlens.sweeps.trials import Trial
@@ -36,8 +37,8 @@ Progress = Callable[[int, int], None]
 Take = Callable[[NDArray[np.int64], int, NDArray[np.float64]], None]
 """Takes values as they come: numbers of the prompts, number of the trial (-1 clean), values."""
 
-_Numbered = tuple[int, tuple[Edit, ...]]
-"""A trial's number, and its edits for the prompts whose turn it is."""
+_Make = Callable[[int], tuple[Edit, ...]]
+"""The edits of the trial of a number, for the prompts whose turn it is."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,12 @@ class Sweep:
         if missing[-1].any():
             yield -1, clean.values.numpy()
         wanted = [i for i in range(len(self.trials)) if missing[i].any()]
-        for run, site, group in self._groups(clean, prompts, wanted):
-            for number, values in self._group(run, site, group):
+
+        def make(number: int) -> tuple[Edit, ...]:
+            return self._edits(clean, prompts, number)
+
+        for run, site, group in self._groups(clean, wanted, make):
+            for number, values in self._group(run, site, group, make):
                 self._check(number, values)
                 yield number, values.numpy()
 
@@ -154,25 +159,34 @@ class Sweep:
         return self._settled(clean)
 
     def _groups(
-        self, clean: CleanRun, prompts: slice, wanted: Sequence[int]
-    ) -> Iterator[tuple[CleanRun, str, list[_Numbered]]]:
+        self, clean: CleanRun, wanted: Sequence[int], make: _Make
+    ) -> Iterator[tuple[CleanRun, str, list[int]]]:
         """Trials by where they begin and by the site that they change first, from below.
 
-        Each group comes with the clean run on which it goes on; its edits are made as it is due.
+        Each group comes with the clean run on which it goes on.
         """
         order = {site.name: i for i, site in enumerate(clean.anatomy.sites)}
-        places: dict[tuple[int, int], list[int]] = {}
+        places: dict[tuple[int, int, bool], list[int]] = {}
         starts = [self.trials[number].start if self._prefix else 0 for number in wanted]
         for number, start in zip(wanted, shared_positions(clean, starts), strict=True):
-            edits = self._edits(clean, prompts, number)
-            places.setdefault((start, order[clean.first_site(edits)]), []).append(number)
+            site, short = self._place(clean, number, make)
+            # Fewer rows than those from the start on.
+            places.setdefault((start * (not short), order[site], short), []).append(number)
         run = clean
-        for start, site in sorted(places):
+        for start, site, short in sorted(places):
             if start != run.first:
                 run = self._after_prefix(clean, start)
-            numbers = places[start, site]
-            group = [(number, self._edits(clean, prompts, number)) for number in numbers]
-            yield run, clean.anatomy.sites[site].name, group
+            own = run.at_reads if short else None
+            yield own or run, clean.anatomy.sites[site].name, places[start, site, short]
+
+    def _place(self, clean: CleanRun, number: int, make: _Make) -> tuple[str, bool]:
+        """The site that a trial changes first, and whether rows that are read suffice for it."""
+        known = self.trials[number].first
+        if known is not None:
+            return known, False
+        edits = make(number)
+        site = clean.first_site(edits)
+        return site, reads_suffice(clean, edits, site)
 
     def _edits(self, clean: CleanRun, prompts: slice, number: int) -> tuple[Edit, ...]:
         try:
@@ -189,9 +203,9 @@ class Sweep:
         return found or clean
 
     def _group(
-        self, clean: CleanRun, site: str, group: Sequence[_Numbered]
+        self, clean: CleanRun, site: str, group: Sequence[int], make: _Make
     ) -> Iterator[tuple[int, Float[Tensor, " prompt"]]]:
-        """Values of trials of one site, as many at a time as fit."""
+        """Values of trials of one site, as many at a time as fit; their edits are made as due."""
         size = max(self.settings.tokens // clean.tokens, 1)
         forwards = -(-len(group) // size)
         size = -(-len(group) // forwards)  # forwards of one size: a small one saves little
@@ -199,7 +213,10 @@ class Sweep:
         while start < len(group):
             taken = group[start : start + size]
             try:
-                values = clean.run([edits for _, edits in taken], site)
+                edits = [make(number) for number in taken]
+                if clean.rows is not None:
+                    edits = [edits_at(own, clean) for own in edits]
+                values = clean.run(edits, site)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -211,7 +228,7 @@ class Sweep:
                 self.settings = replace(self.settings, tokens=size * clean.tokens)
                 _give_back()
                 continue
-            yield from zip((number for number, _ in taken), values, strict=True)
+            yield from zip(taken, values, strict=True)
             start += len(taken)
 
     def _settled(self, clean: CleanRun) -> CleanRun:

@@ -29,6 +29,8 @@ class Trial:
         about: what the edits are, in plain values; a store knows the trial again by it. Needed
             where edits are a function; else they describe themselves.
         start: nothing before this position is changed, in no prompt; a sweep need not run it again.
+        first: name of the site that is changed first, where edits are dear to make and it is known
+            without them.
 
     """
 
@@ -36,6 +38,7 @@ class Trial:
     edits: Sequence[Edit] | EditsOf
     about: Mapping[str, Any] | None = None
     start: int = 0
+    first: str | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.edits) and not self.edits:

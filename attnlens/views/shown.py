@@ -31,6 +31,7 @@ _FAMILIES = {
     "attnlens.analyses.ablation_positions.PositionAblation": "attnlens.views.ablation",
     "attnlens.analyses.edit_effects.EditEffects": "attnlens.views.ablation",
     "attnlens.analyses.patching.Patching": "attnlens.views.patching",
+    "attnlens.analyses.path_patching.PathEffects": "attnlens.views.path_patching",
     "attnlens.analyses.screening.ScreenedAblation": "attnlens.views.ablation",
     "attnlens.analyses.importance.GradientImportance": "attnlens.views.importance",
     "attnlens.analyses.logit_flow.LogitFlow": "attnlens.views.logit_flow",
