@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import attnlens as al
 from attnlens.analyses.path_patching import PathEffects
@@ -139,6 +144,14 @@ def test_padding_does_not_count(lens: Lens, task: Task) -> None:
             torch.testing.assert_close(alone.patched[:, 0], wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_a_prefix_that_both_runs_share_need_not_run_again(lens: Lens) -> None:
+    task = random_task((16, 15, 16), same=10)
+    for receivers in ("L2H1<k>", "L1H0,L2.mlp"):
+        found = al.path_patch(lens, task, receivers, ["L0", "L1", "embed"])
+        alone = al.path_patch(lens, task, receivers, ["L0", "L1", "embed"], sweep=ONE_BY_ONE)
+        torch.testing.assert_close(found.patched, alone.patched, rtol=1e-10, atol=1e-10)
+
+
 def test_denoise_is_noise_the_other_way_round(lens: Lens, task: Task) -> None:
     turned = replace(task, clean=task.corrupt, corrupt=task.clean)
     for receivers in ("logits", "L2H1<v>"):
@@ -227,6 +240,34 @@ def test_every_architecture_side_by_side_is_one_by_one(name: str) -> None:
             assert name in ("zamba2", "longcat_flash")
         else:
             assert_close(found.corrupt, wanted, 1e-9)
+
+
+def gated() -> Qwen3NextForCausalLM:
+    """A random float64 model that gates z by the stream before its output projection."""
+    layers = 3
+    config = Qwen3NextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        layer_types=["full_attention"] * layers, mlp_only_layers=[*range(layers)],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3NextForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("receivers", ["logits", "L2H1<q>"])
+def test_what_gates_a_head_is_computed_anew(receivers: str) -> None:
+    lens = al.load(gated())
+    task = task_of(lens)
+    assert all(site.output is None for site in lens.anatomy.sites)
+    found = al.path_patch(lens, task, receivers, "L0,embed")
+    alone = al.path_patch(lens, task, receivers, "L0,embed", sweep=ONE_BY_ONE)
+    assert_close(found.patched, alone.patched, 1e-9)
 
 
 def test_the_logits_are_reached_at_the_rows_read_alone(lens: Lens, task: Task) -> None:
