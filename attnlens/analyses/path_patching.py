@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnlens.analyses.ablation import ablation_notes
 from attnlens.analyses.asked import Asked, Facts
+from attnlens.analyses.direct_paths import direct_values
 from attnlens.analyses.frozen_paths import frozen_trials
 from attnlens.analyses.path_ends import End, EndSpec, receivers_of, senders_of
 from attnlens.anatomy import Anatomy
@@ -23,18 +24,15 @@ from attnlens.sweeps.clean_run import TOLERANCES
 from attnlens.sweeps.patches import swapped, whole_trial
 from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
-from attnlens.sweeps.trials import Trial
 from attnlens.tasks import Task
 
-Form = Literal["frozen"]
-"""What lies between sender and receivers: all heads held, MLPs computed anew."""
+Form = Literal["frozen", "direct"]
+"""What lies between sender and receivers. `frozen`: all heads held, MLPs computed anew. `direct`:
+nothing; the receivers alone read what the sender writes in the other run."""
 
 Direction = Literal["noise", "denoise"]
 """`noise`: clean prompts with paths as in corrupt ones; `denoise`: the other way round."""
 
-MakeTrials = Callable[[Lens, Task, Sequence[End], Sequence[End], SweepSettings], list[Trial]]
-
-_FORMS: Mapping[str, MakeTrials] = {"frozen": frozen_trials}
 _NO_SHARES = (
     "No shares: the two runs do not differ in the metric, or this model's last layer cannot be "
     "given all of the other run."
@@ -110,7 +108,8 @@ def path_patch(
     `r_s` is what the receivers R read in the run of x in which sender s writes what it writes on x'
     (its z, what an MLP adds, or the stream that enters the first layer) and all other heads write
     what they write on x, MLPs computed anew. With those inputs x runs again, all else computed;
-    where R is the logits the first run is the answer. Under `denoise` x and x' change places.
+    where R is the logits the first run is the answer. In the `direct` form `r_s = r + s(x') - s(x)`
+    of the stream that R reads, MLPs held, too. Under `denoise` x and x' change places.
 
     `receivers` are `"logits"`, heads (`"L3H5"`), inputs of heads (`"L3H5<q>"`, `<k>`, `<v>`) and
     MLPs (`"L3.mlp"`), several with commas or in a list; `senders` heads (all where not given), MLPs
@@ -121,14 +120,15 @@ def path_patch(
         InputError: ends that are none, no sender below a receiver, an unknown form or direction, or
             as for `ablate`.
         HeadError: a head or layer that the model does not have.
-        UnsupportedModelError: an MLP or a stream that cannot be edited.
+        UnsupportedModelError: an MLP or a stream that cannot be edited; for `direct` a model whose
+            residual stream is no sum of what its parts wrote.
 
     Wang et al. 2022, Interpretability in the Wild; Goldowsky-Dill et al. 2023, Localizing Model
     Behavior with Path Patching.
 
     """
-    if form not in _FORMS:
-        raise InputError(f"There is no form {form!r} of path patching; choose {', '.join(_FORMS)}.")
+    if form not in get_args(Form):
+        raise InputError(f"There is no form {form!r} of path patching; choose frozen or direct.")
     if direction not in get_args(Direction):
         raise InputError(f"There is no direction {direction!r}; choose noise or denoise.")
     to, of = receivers_of(lens, receivers), senders_of(lens, senders)
@@ -140,8 +140,8 @@ def path_patch(
         )
     asked = Asked(task.name, metric or task.metric, seed, resamples, confidence)
     run = swapped(task) if direction == "denoise" else task
-    trials = _FORMS[form](lens, run, below, to, sweep or SweepSettings())
-    whole = whole_trial(lens, run)
+    settings = sweep or SweepSettings()
+    whole = None if form == "direct" else whole_trial(lens, run)
     about = asked.facts(
         "paths",
         form=form,
@@ -149,12 +149,16 @@ def path_patch(
         receivers=[end.name for end in to],
         senders=[end.name for end in of],
         run=[end.name for end in below],
-        both_runs=whole is not None,
+        both_runs=form == "direct" or whole is not None,
         rounding=TOLERANCES.get(next(lens.model.parameters()).dtype, 1e-2),
         notes=_notes(lens.anatomy, of, below, to),
     )
-    trials += [] if whole is None else [whole]
-    found = run_trials(lens, run, trials, metric, sweep, seed, about, progress)
+    if form == "direct":
+        found = direct_values(lens, run, below, to, metric, settings, progress)
+    else:
+        trials = frozen_trials(lens, run, below, to, settings)
+        trials += [] if whole is None else [whole]
+        found = run_trials(lens, run, trials, metric, sweep, seed, about, progress)
     return paths_result(asked, about, found)
 
 
