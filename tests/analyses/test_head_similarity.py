@@ -45,9 +45,11 @@ def by_hand(maps: Tensor, sinks: bool = False) -> np.ndarray:
     return found
 
 
-def close(found: HeadSimilarity, maps: list[Tensor], sinks: bool = False) -> bool:
+def close(
+    found: HeadSimilarity, maps: list[Tensor], sinks: bool = False, atol: float = 1e-10
+) -> bool:
     wanted = np.mean([by_hand(own, sinks) for own in maps], axis=0)
-    return bool(np.allclose(found.divergence.numpy(), wanted, atol=1e-10, rtol=0))
+    return bool(np.allclose(found.divergence.numpy(), wanted, atol=atol, rtol=0))
 
 
 def test_closed_forms() -> None:
@@ -102,7 +104,10 @@ def test_every_kind_of_row_with_padding(name: str, side: str) -> None:
     inputs = padded(lens.model, side)
     found = head_similarity(lens, inputs, rows=None)
     maps = dense(lens, inputs, inputs["attention_mask"])
-    assert close(found, maps, sinks=name == "gpt_oss")
+    # Where the model takes its softmax in float32, scores of blocks that differ in their last bit
+    # may be rounded to two neighbours, 6e-8 of a weight apart.
+    upcast = any(site.upcast for site in lens.anatomy.sites)
+    assert close(found, maps, sinks=name == "gpt_oss", atol=1e-7 if upcast else 1e-10)
     assert float(found.divergence.max()) > 0.05
 
 

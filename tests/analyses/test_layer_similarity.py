@@ -36,11 +36,11 @@ def by_hand(maps: Tensor) -> Kinds:
     return found[0], found[1], found[2]
 
 
-def close(found: LayerSimilarity, prompts: list[Tensor]) -> bool:
+def close(found: LayerSimilarity, prompts: list[Tensor], atol: float = 1e-10) -> bool:
     wanted = [torch.stack(kind).mean(0) for kind in zip(*map(by_hand, prompts), strict=True)]
     kinds = (found.matched, found.head_mean, found.unmatched)
     return all(
-        torch.allclose(kind.mean, own, atol=1e-10, rtol=0)
+        torch.allclose(kind.mean, own, atol=atol, rtol=0)
         for kind, own in zip(kinds, wanted, strict=True)
     )
 
@@ -81,7 +81,11 @@ def test_every_kind_of_row_with_padding(name: str, side: str) -> None:
     padded = ARCHITECTURES[name].padded
     assert padded is not None
     inputs = padded(lens.model, side)
-    assert close(layer_similarity(lens, inputs), dense(lens, inputs, inputs["attention_mask"]))
+    # Where the model takes its softmax in float32, scores of blocks that differ in their last bit
+    # may be rounded to two neighbours, 6e-8 of a weight apart.
+    atol = 1e-7 if any(site.upcast for site in lens.anatomy.sites) else 1e-10
+    maps = dense(lens, inputs, inputs["attention_mask"])
+    assert close(layer_similarity(lens, inputs), maps, atol)
 
 
 def test_small_blocks(random_lens: Lens, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,10 +120,11 @@ def test_ranks_of_maps_are_dense_ones(name: str, side: str) -> None:
     wanted = torch.tensor(each, dtype=torch.float64)
     interval = found["pattern_rank"]
     assert torch.allclose(interval.mean, wanted.mean(0), atol=1e-10)
-    # Batches of other heights make products that round apart in float32, so that bounds of two
-    # prompts, which are the prompts' own ranks, may pass them by as much.
-    assert (interval.low >= wanted.amin(0) - 1e-5).all()
-    assert (interval.high <= wanted.amax(0) + 1e-5).all()
+    # Where the model takes its softmax in float32, scores of batches that differ in their last bit
+    # may be rounded to two neighbours, 6e-8 of a weight apart; a rank sums some hundred of them.
+    atol = 1e-5 if any(site.upcast for site in lens.anatomy.sites) else 1e-10
+    assert (interval.low >= wanted.amin(0) - atol).all()
+    assert (interval.high <= wanted.amax(0) + atol).all()
     assert (found.prompts, found.lengths) == (2, (16, 10))
     assert any("10 to 16 rows" in note for note in found.notes)
 
