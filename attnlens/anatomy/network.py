@@ -163,10 +163,16 @@ class Network:
         return kept
 
     def nodes_of(self, mask: Bool[Tensor, "sender receiver"]) -> tuple[str, ...]:
-        """Names of the nodes at either end of the edges of a mask, in order."""
+        """Names of the nodes at either end of the edges of a mask, in order.
+
+        Of heads that share a key or value those that write to another node are at its end, all
+        where none does, as in `circuit_graph`.
+        """
         at = torch.zeros(len(self.nodes), dtype=torch.bool)
         at[:-1] = mask.any(1)
-        at |= self.reads[mask.any(0)].any(0)
+        readers = self.reads[mask.any(0)]
+        writing = readers & at
+        at |= torch.where(writing.any(1, keepdim=True), writing, readers).any(0)
         return tuple(name for name, there in zip(self.nodes, at.tolist(), strict=True) if there)
 
     def between(self, nodes: Iterable[str]) -> Bool[Tensor, "sender receiver"]:
