@@ -159,6 +159,7 @@ def evaluation_figure(
     node_highs: ArrayLike | None = None,
     title: str = "What a circuit does",
     metric: str = "metric",
+    lost: str = "faithfulness",
 ) -> go.Figure:
     """The metric of several runs as bars, and beside them the minimality of each node.
 
@@ -168,11 +169,12 @@ def evaluation_figure(
         lows: where its interval begins; NaN where there is none.
         highs: where it ends.
         nodes: of the circuit; none leaves the second panel out.
-        minimality: how much the metric loses where a node is taken out of the circuit.
+        minimality: what is lost where a node is taken out of the circuit.
         node_lows: where its interval begins.
         node_highs: where it ends.
         title: of the figure.
         metric: what the bars measure.
+        lost: what minimality measures.
 
     Raises:
         InputError: arrays of other lengths than their names.
@@ -199,7 +201,7 @@ def evaluation_figure(
     figure.update_yaxes(title=escaped(metric), gridcolor=GRID, zerolinecolor=CHANCE, row=1, col=1)
     figure.update_xaxes(tickangle=0 if len(names) < 7 else -30, row=1, col=1)
     if len(nodes):
-        _add_nodes(figure, nodes, minimality, node_lows, node_highs, metric)
+        _add_nodes(figure, nodes, minimality, node_lows, node_highs, lost)
     figure.update_annotations(font_size=13)
     figure.update_layout(bargap=0.35, showlegend=False)
     return figure
@@ -221,7 +223,7 @@ def _add_nodes(
     minimality: ArrayLike,
     lows: ArrayLike | None,
     highs: ArrayLike | None,
-    metric: str,
+    lost: str,
 ) -> None:
     """Horizontal bars, the largest on top; pale where the interval holds 0."""
     values, low, high = (
@@ -235,7 +237,7 @@ def _add_nodes(
     labels = [escaped(nodes[number]) for number in map(int, order)]
     colours = [UNCLEAR if pale else CLEAR for pale in unclear]
     figure.add_trace(_bars(values, labels, [low, high], colours, True), row=1, col=2)
-    figure.update_xaxes(title=escaped(metric), gridcolor=GRID, zerolinecolor=CHANCE, row=1, col=2)
+    figure.update_xaxes(title=escaped(lost), gridcolor=GRID, zerolinecolor=CHANCE, row=1, col=2)
     figure.update_yaxes(type="category", ticksuffix="  ", dtick=1, row=1, col=2)
 
 
