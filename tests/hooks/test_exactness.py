@@ -22,8 +22,9 @@ from tests.oracles.attention import Recorder, compare_with_eager
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 # A model that takes its softmax in float32 whatever its dtype sums each row in float32; a block
-# that leaves out hidden keys sums in another order, which moves the last place.
-LAST_PLACE = 2.4e-7
+# that leaves out hidden keys sums in another order, which moves the last places: by 2.4e-7 on one
+# processor, 3.6e-7 on another, of the 16 x 6e-8 that sums of 16 numbers may differ by.
+LAST_PLACE = 4.8e-7
 
 
 @pytest.mark.parametrize("name", names())

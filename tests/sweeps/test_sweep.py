@@ -99,7 +99,8 @@ def test_batched_is_unbatched_is_restarted_is_full(name: str) -> None:
     ):
         found = run_trials(lens, task, trials, settings=how)
         assert_close(found.values, wanted, IN_PART.get(name, ROUNDING))
-        assert_close(found.clean, clean, ROUNDING)
+        # In batches of another height routers of float32 round otherwise without an edit, too.
+        assert_close(found.clean, clean, IN_PART.get(name, ROUNDING))
         if name in WHOLE and how.restart:
             assert "Every run is a full forward" in found.notes[0]
         else:
