@@ -22,6 +22,7 @@ from attnlens.graphs.circuit import circuit_graph
 from attnlens.graphs.plain import json_value
 
 if TYPE_CHECKING:
+    from attnlens.analyses.circuit_curve import FaithfulnessCurve
     from attnlens.analyses.circuit_evaluation import CircuitEvaluation
     from attnlens.analyses.circuit_overlap import CircuitOverlap
     from attnlens.lens import Lens
@@ -43,7 +44,8 @@ class Circuit:
             (before edges that lead nowhere are dropped); NaN where that is not known.
         about: how the circuit was found: model, task, metric, method, granularity, ablation,
             direction, positions, selection.
-        evaluation: what an evaluation found, as plain values; None before there was one.
+        evaluation, curve: what an evaluation and a faithfulness curve found, as plain values, of a
+            circuit that was read from a file; None where there were none.
 
     """
 
@@ -53,6 +55,7 @@ class Circuit:
     chosen: Float[Tensor, " edge"]
     about: Mapping[str, Any]
     evaluation: Mapping[str, Any] | None = field(default=None, repr=False)
+    curve: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of edges kept."""
@@ -94,7 +97,7 @@ class Circuit:
         """The circuit without a node, and without edges that then lead nowhere."""
         others = [name for name in self.nodes if name != node]
         kept = self.network.alive(self.kept & self.network.between(others))
-        return replace(self, kept=kept, evaluation=None)
+        return replace(self, kept=kept, evaluation=None, curve=None)
 
     def to_frame(self) -> pd.DataFrame:
         """One row a kept edge, the largest score by size first: score, and how often chosen."""
@@ -130,18 +133,25 @@ class Circuit:
 
         return overlap(self, other)
 
-    def save(self, path: str | Path, evaluation: CircuitEvaluation | None = None) -> Path:
-        """Write the circuit to a JSON file, with what an evaluation found, whole or not at all.
+    def save(
+        self,
+        path: str | Path,
+        evaluation: CircuitEvaluation | None = None,
+        curve: FaithfulnessCurve | None = None,
+    ) -> Path:
+        """Write the circuit to a JSON file, with what was found of it, whole or not at all.
 
         Raises:
             FileError: a file that cannot be written.
 
         """
-        record = self.evaluation if evaluation is None else evaluation.to_record()
+        found = self.evaluation if evaluation is None else evaluation.to_record()
+        areas = self.curve if curve is None else curve.to_record()
         content = {
             "attnlens circuit": SCHEMA,
             "about": json_value(self.about, "about"),
-            "evaluation": None if record is None else json_value(record, "evaluation"),
+            "evaluation": json_value(found, "evaluation"),
+            "curve": json_value(areas, "curve"),
             "edges": list(self.edges),
             "network": _network_record(self.network),
             "score": _numbers(self.score),
@@ -212,7 +222,8 @@ def _from_record(content: Any) -> Circuit:
     network = Network(senders, receivers, exists)
     score, chosen = (_values(content[name], len(network), name) for name in ("score", "chosen"))
     kept = network.mask(network.find(content["edges"]))
-    return Circuit(network, kept, score, chosen, dict(content["about"]), content["evaluation"])
+    about, found, areas = dict(content["about"]), content["evaluation"], content["curve"]
+    return Circuit(network, kept, score, chosen, about, found, areas)
 
 
 def _values(given: Any, count: int, name: str) -> Float[Tensor, " edge"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 import torch
@@ -75,6 +76,28 @@ class FaithfulnessCurve:
                 "random": chance.numpy(),
             }
         )
+
+    def to_record(self) -> dict[str, Any]:
+        """As a circuit's file holds it; what is not known is left out."""
+        rows = [
+            {str(name): value for name, value in row.items() if value == value}
+            for row in self.to_frame().to_dict("records")
+        ]
+        areas = {
+            name: {key: float(value) for key, value in own._asdict().items() if value == value}
+            for name, own in (("cpr", self.cpr), ("cmd", self.cmd))
+        }
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "method": self.method,
+            "ablation": str(self.ablation),
+            "curve": rows,
+            **areas,
+            "random cpr": self.random_cpr.tolist(),
+            "random cmd": self.random_cmd.tolist(),
+            "confidence": self.confidence,
+        }
 
 
 def faithfulness_curve(
