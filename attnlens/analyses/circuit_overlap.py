@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pandas as pd
+from jaxtyping import Float
 from scipy.stats import hypergeom
+from torch import Tensor
 
 from attnlens.analyses.circuit import Circuit
 from attnlens.errors import InputError
@@ -60,7 +62,8 @@ class CircuitOverlap:
         first, second: what the circuits are: task and method.
         nodes: heads and MLPs; embeddings and logits are in every circuit and do not count.
         edges: edges.
-        same_sign: of the shared edges, the share whose scores have one sign; NaN without scores.
+        same_sign: of the shared edges, the share that help in both circuits or hinder in both, by
+            the signs of their scores; NaN without scores.
 
     """
 
@@ -109,7 +112,7 @@ def overlap(first: Circuit, second: Circuit) -> CircuitOverlap:
     inner = {sender.name for sender in own.senders if sender.kind != "embed"}
     a, b = (tuple(n for n in circuit.nodes if n in inner) for circuit in (first, second))
     shared = own.numbers(first.kept & second.kept)
-    signs = first.score[shared].sign() * second.score[shared].sign()
+    signs = _helping(first)[shared] * _helping(second)[shared]
     same = (
         float((signs > 0).double().mean())
         if len(shared) and bool(signs.isfinite().all())
@@ -122,6 +125,16 @@ def overlap(first: Circuit, second: Circuit) -> CircuitOverlap:
         Shared.of(first.edges, second.edges, len(own)),
         same,
     )
+
+
+def _helping(circuit: Circuit) -> Float[Tensor, " edge"]:
+    """1 of an edge that helps, -1 of one that hinders.
+
+    Cut, an edge that helps lowers the metric or raises a loss; put back, the other way round.
+    """
+    about = circuit.about
+    turned = (about.get("metric") == "loss") == (about.get("direction") == "denoise")
+    return -circuit.score.sign() if turned else circuit.score.sign()
 
 
 def _named(circuit: Circuit) -> str:
