@@ -11,9 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnlens.anatomy import Site
 from attnlens.anatomy.network import Network
 from attnlens.errors import InputError
 from attnlens.hooks.edge_run import Activations, EdgeRun, Listen, as_reference
+from attnlens.hooks.find_wiring import text_sites
+from attnlens.hooks.restart import Record, Recording, Restart
+from attnlens.hooks.session import Observer
 from attnlens.hooks.wiring import Wiring
 from attnlens.lens import Inputs, Lens
 from attnlens.lens.inputs import Batch, repeated, split
@@ -116,10 +120,12 @@ def encoded(lens: Lens, task: Task, corrupt: bool = False) -> Batch:
     return lens.encode({name: tensor[:, :width] for name, tensor in inputs.items()})
 
 
-def listened(lens: Lens, batch: Batch, task: Task) -> tuple[Activations, Tensor]:
+def listened(
+    lens: Lens, batch: Batch, task: Task, *observers: Observer
+) -> tuple[Activations, Tensor]:
     """What a run wrote and read, and its logits at the reads."""
     listen = Listen(lens.wiring)
-    logits = lens.logits_at(batch, task.reads, listen)
+    logits = lens.logits_at(batch, task.reads, listen, *observers)
     return listen.activations, logits
 
 
@@ -150,12 +156,14 @@ def real_positions(batch: Batch) -> dict[str, Bool[Tensor, "batch position"] | N
 
 @dataclass(frozen=True)
 class _Part:
-    """Some prompts of the task, ready to be run with edges cut."""
+    """Some prompts of the task, ready to be run with edges cut, from any layer on."""
 
     prompts: slice
     task: Task
     batch: Batch
     reference: Activations
+    clean: Activations
+    recording: Recording
 
 
 class EdgeRuns:
@@ -227,18 +235,39 @@ class EdgeRuns:
         space = SPACE.get(self.lens.device.type, SPACE_ELSEWHERE)
         return max(1, space // (len(self.network.senders) * tokens * width * 4))
 
+    def _first_cut(self, kept: Tensor) -> Site | None:
+        """The site to go on from: below it no choice cuts an edge, so all is as it was."""
+        anatomy = self.lens.anatomy
+        cut = (self.network.exists & ~kept).any(0).any(0)
+        for reader, columns in self.wiring.columns():
+            if bool(cut[columns].any()) and reader.kind != "logits":
+                return anatomy[reader.part.removesuffix(".mlp")]
+        return text_sites(anatomy)[-1]
+
     def _prepared(self, references: References, prompts: slice) -> _Part:
         part = self.task.subset(prompts)
         batch = encoded(self.lens, part)
-        clean, logits = listened(self.lens, batch, part)
+        record = Record(self.lens.anatomy_for(batch), text_sites(self.lens.anatomy))
+        clean, logits = listened(self.lens, batch, part, record)
         self.full[prompts] = part.score(logits, self.metric).double().cpu()
         written = references.written(part, clean.written)
-        return _Part(prompts, part, batch, as_reference(self.wiring, clean, written))
+        reference = as_reference(self.wiring, clean, written)
+        return _Part(prompts, part, batch, reference, clean, record.recording)
 
     def _graded(self, part: _Part, kept: Tensor) -> Float[Tensor, "choice prompt"]:
-        observer = EdgeRun(self.wiring, part.reference, kept)
         batch, reads = repeated(part.batch, len(kept)), part.task.reads.repeat(len(kept), 1)
-        logits = self.lens.logits_at(batch, reads, observer)
+        observers: list[Observer] = []
+        known: dict[str, Tensor] = {}
+        site = self._first_cut(kept)
+        if site is not None and part.recording.reason is None:
+            observers.append(Restart(part.recording, site, len(kept)))
+            known = {
+                writer.name: part.clean.written[writer.name]
+                for writer in self.wiring.writers
+                if writer.kind != "embed" and part.recording.skips(site.name, writer.module)
+            }
+        observers.append(EdgeRun(self.wiring, part.reference, kept, known))
+        logits = self.lens.logits_at(batch, reads, *observers)
         copies = logits.unflatten(0, (len(kept), -1))
         values = torch.stack([part.task.score(own, self.metric).double() for own in copies])
         # The largest of logits of which some are NaN is a token all the same.

@@ -141,6 +141,7 @@ class EdgeRun(Observer):
     """Observer under which inputs read the kept edges alone, those that are cut as in a reference.
 
     The batch is whole copies of the reference's prompts, one for each choice of edges in `kept`.
+    `known` holds, by writer, what those write that do not run, the same in all copies.
     """
 
     def __init__(
@@ -148,8 +149,11 @@ class EdgeRun(Observer):
         wiring: Wiring,
         reference: Activations,
         kept: Bool[Tensor, "copy sender receiver"],
+        known: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.sites = frozenset(site.name for site in text_sites(wiring.anatomy))
+        self._known = known or {}
+        sites = {site.name for site in text_sites(wiring.anatomy)}
+        self.sites = frozenset(sites - self._known.keys())
         self._wiring = wiring
         self._reference = reference
         self._copies = len(kept)
@@ -183,16 +187,26 @@ class EdgeRun(Observer):
 
     def _wrote(self, writer: Writer, written: Tensor) -> None:
         """Note by what a writer's nodes differ from the reference."""
-        reference = self._reference.written[writer.name]
         copies = written.unflatten(0, (self._copies, -1))
-        change = (copies - reference).flatten(0, 1)
-        added = self._wiring.added(writer, change).unflatten(0, (self._copies, -1))
-        if writer.stream not in self._changes:
-            copy, size, _, length, width = added.shape
-            wide = torch.promote_types(added.dtype, torch.float32)
-            self._changes[writer.stream] = added.new_empty(
-                copy, self._sizes[writer.stream], size, length, width, dtype=wide
-            )
+        if writer.kind == "embed":
+            self._begin(writer, copies)
+        self._note(writer, copies)
+
+    def _begin(self, writer: Writer, copies: Tensor) -> None:
+        """Make room for what is written to a stream, and note what is known of it."""
+        copy, size, length, width = copies.shape
+        wide = torch.promote_types(copies.dtype, torch.float32)
+        self._changes[writer.name] = copies.new_empty(
+            copy, self._sizes[writer.name], size, length, width, dtype=wide
+        )
+        for other in self._wiring.writers:
+            if other.stream == writer.name and other.name in self._known:
+                self._note(other, self._known[other.name][None])
+
+    def _note(self, writer: Writer, copies: Tensor) -> None:
+        """`copies` are `copy batch position ...`, or one that stands for all."""
+        change = (copies - self._reference.written[writer.name]).flatten(0, 1)
+        added = self._wiring.added(writer, change).unflatten(0, (len(copies), -1))
         self._changes[writer.stream][:, self._rows[writer.name]] = added.transpose(1, 2)
 
     def _inputs(self, reader: Reader, chosen: slice) -> Tensor:
