@@ -112,7 +112,7 @@ def overlap(first: Circuit, second: Circuit) -> CircuitOverlap:
     inner = {sender.name for sender in own.senders if sender.kind != "embed"}
     a, b = (tuple(n for n in circuit.nodes if n in inner) for circuit in (first, second))
     shared = own.numbers(first.kept & second.kept)
-    signs = _helping(first)[shared] * _helping(second)[shared]
+    signs = helping(first)[shared] * helping(second)[shared]
     same = (
         float((signs > 0).double().mean())
         if len(shared) and bool(signs.isfinite().all())
@@ -127,7 +127,7 @@ def overlap(first: Circuit, second: Circuit) -> CircuitOverlap:
     )
 
 
-def _helping(circuit: Circuit) -> Float[Tensor, " edge"]:
+def helping(circuit: Circuit) -> Float[Tensor, " edge"]:
     """1 of an edge that helps, -1 of one that hinders.
 
     Cut, an edge that helps lowers the metric or raises a loss; put back, the other way round.

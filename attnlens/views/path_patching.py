@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,23 +28,40 @@ _SENDER = re.compile(r"^(?P<layer>.*L\d+)(?P<own>H\d+|\.mlp)$")
 def show_paths(result: PathEffects) -> go.Figure:
     """Effect of the path from each sender, layers down; raises InputError where none is known."""
     records: list[dict[str, Any]] = result.to_frame().to_dict("records")
-    places = [_place(record["sender"]) for record in records]
+    names = [record["sender"] for record in records]
+    effects = [record["effect"] for record in records]
+    texts = [_text(result, record) for record in records]
+    colours = effect_colours(result.metric, "effect")
+    return sender_map(names, effects, texts, colours, _title(result))
+
+
+def sender_map(
+    names: Sequence[str],
+    numbers: Sequence[float],
+    hovers: Sequence[str],
+    colours: tuple[str, bool],
+    title: str,
+) -> go.Figure:
+    """A number of each node that writes: layers down, embeddings, heads and MLPs across.
+
+    `colours` are what stands beside the colours, and whether they are turned.
+    """
+    places = [_place(name) for name in names]
     layers = list(dict.fromkeys(layer for layer, _ in places if layer))
     columns = sorted({column for _, column in places}, key=_order)
     values: Grid = np.full((max(len(layers), 1), len(columns)), np.nan)
     texts = [[""] * len(columns) for _ in values]
-    for record, (layer, column) in zip(records, places, strict=True):
+    for sender, (layer, column), number, hover in zip(names, places, numbers, hovers, strict=True):
         # Embeddings enter the first layer of their stack that is drawn.
-        stack = record["sender"].removesuffix(EMBED)
+        stack = sender.removesuffix(EMBED)
         first = next((name for name in layers if name.startswith(f"{stack}L")), None)
         name = layer or first
         row = layers.index(name) if name else 0
-        values[row, columns.index(column)] = record["effect"]
-        texts[row][columns.index(column)] = _text(result, record)
+        values[row, columns.index(column)] = number
+        texts[row][columns.index(column)] = hover
     rows = layers or [EMBED]
-    colours = effect_colours(result.metric, "effect")
     figure = heat_map(values, rows, columns, lambda i, j: texts[i][j], *colours)
-    return styled(figure, _title(result), map_height(len(rows), 26))
+    return styled(figure, title, map_height(len(rows), 26))
 
 
 def _place(sender: str) -> tuple[str, str]:
