@@ -239,7 +239,8 @@ def _name(edge: Edge) -> str:
 
 def _frame(figure: go.Figure, layout: Layout, title: str, said: str) -> None:
     """Title, legends, and axes that are pixels."""
-    left, right, below, above = 44, 24, 20, 112
+    legends = {trace.legend for trace in figure.data if trace.legend}
+    left, right, below, above = 44, 24, 20, 90 + 22 * (len(legends) > 1)
     styled(figure, title, round(layout.height + below + above), round(layout.width + left + right))
     whole: Any = figure.layout
     whole.title.update(
@@ -256,11 +257,13 @@ def _frame(figure: go.Figure, layout: Layout, title: str, said: str) -> None:
         "orientation": "h", "x": 0, "xanchor": "left", "yref": "paper", "yanchor": "bottom",
         "itemwidth": 36, "bgcolor": "rgba(0,0,0,0)",
     }  # fmt: skip
-    signed = any(trace.legend == "legend2" for trace in figure.data)
-    signs = ("positive  ", "negative  ") if signed else ("", "")
+    signs = ("positive  ", "negative  ") if "legend2" in legends else ("", "")
     figure.update_layout(
         legend=entry
-        | {"y": 1 + 24 / layout.height, "title": {"text": signs[0], "font": {"size": 12}}},
+        | {
+            "y": 1 + (24 if len(legends) > 1 else 2) / layout.height,
+            "title": {"text": signs[0], "font": {"size": 12}},
+        },
         legend2=entry
         | {"y": 1 + 2 / layout.height, "title": {"text": signs[1], "font": {"size": 12}}},
         margin={"l": left, "r": right, "t": above, "b": below},

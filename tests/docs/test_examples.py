@@ -23,6 +23,7 @@ PAGES = [
     "docs/edits.md",
     "docs/ablation.md",
     "docs/patching.md",
+    "docs/circuits.md",
     "docs/attribution.md",
     "docs/faithfulness.md",
     "docs/tasks.md",
