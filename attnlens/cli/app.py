@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from attnlens import __version__
+from attnlens.cli import circuit_commands
 from attnlens.cli import explaining as explain
 from attnlens.cli import options as ask
 from attnlens.cli.asked import (
@@ -23,6 +23,7 @@ from attnlens.cli.asked import (
     TextsAsked,
     TreesAsked,
 )
+from attnlens.cli.loading import loaded
 from attnlens.cli.prompt import read_prompt
 from attnlens.errors import AttnlensError, InputError
 
@@ -40,14 +41,6 @@ def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"attnlens {__version__}")
         raise typer.Exit
-
-
-def _commands(module: str = "attnlens.cli.commands") -> Any:
-    """The module that does the work, loaded only when there is work: it takes seconds."""
-    from attnlens.cli.progress import progress
-
-    with progress() as steps, steps("Loading torch and transformers"):
-        return import_module(module)
 
 
 @app.callback()
@@ -69,7 +62,7 @@ def demo(out: ask.Out, prompts: ask.Prompts = 16, ablate: ask.Ablate = ask.Mode.
     from attnlens.zoo.trained import small_path
 
     asked = ModelAsked(str(small_path()), name="attnlens' small model")
-    _commands().report(asked, TextsAsked(), out, built_in=PLAY, prompts=prompts, mode=ablate.value)
+    loaded().report(asked, TextsAsked(), out, built_in=PLAY, prompts=prompts, mode=ablate.value)
 
 
 @app.command()
@@ -100,7 +93,7 @@ def profile(
     on a task.
     """
     texts = TextsAsked(file, lines, column, cut, max_tokens, limit, state, batch_size)
-    _commands().report(
+    loaded().report(
         ModelAsked(model, tokenizer, device, dtype), texts, out,
         task=task.value, prompts=prompts, mode=ablate.value, heads=heads, budget=budget,
     )  # fmt: skip
@@ -138,7 +131,7 @@ def ablate(
     """
     if show is not None:
         _check_show_alone(given)
-        return _commands("attnlens.cli.ablate_show").show_sweep(show, out)
+        return loaded("attnlens.cli.ablate_show").show_sweep(show, out)
     if model is None:
         raise InputError("Give a MODEL to ablate, or --show DIR to draw a sweep that is there.")
     if out is None:
@@ -148,7 +141,7 @@ def ablate(
         batch_size, tokens, ray, workers, gpus,
     )  # fmt: skip
     opened = ModelAsked(model, tokenizer, device, dtype)
-    return _commands().find_ablation(opened, asked, out, given.obj or sys.argv[1:])
+    return loaded().find_ablation(opened, asked, out, given.obj or sys.argv[1:])
 
 
 def _check_show_alone(given: typer.Context) -> None:
@@ -184,7 +177,7 @@ def sinks(
     Example: attnlens sinks MODEL --file corpus.parquet --column text --limit 10000 --out sinks-out
     """
     texts = TextsAsked(file, lines, column, cut, max_tokens, limit, state, batch_size)
-    _commands().find_sinks(
+    loaded().find_sinks(
         ModelAsked(model, tokenizer, device, dtype), texts, out, epsilon, rule.value
     )
 
@@ -216,7 +209,7 @@ def retrieval(
     asked = NeedleAsked(
         lengths, depths, prompts, steps, repeat, batch_size, haystack, needle, question, answer
     )
-    _commands().find_retrieval(ModelAsked(model, tokenizer, device, dtype), asked, out)
+    loaded().find_retrieval(ModelAsked(model, tokenizer, device, dtype), asked, out)
 
 
 @app.command()
@@ -237,7 +230,7 @@ def syntax(
     Example: attnlens syntax MODEL trees.conllu --relations obj,det --out syntax-out
     """
     asked = TreesAsked(trees, limit, relations, least, split)
-    _commands().find_syntax(ModelAsked(model, tokenizer, device, dtype), asked, out)
+    loaded().find_syntax(ModelAsked(model, tokenizer, device, dtype), asked, out)
 
 
 @app.command()
@@ -263,7 +256,7 @@ def attribute(
     asked = ScoresAsked(
         read_prompt(text, file), method, target, against, at, tuple(settings or ()), top, out
     )
-    job = _commands("attnlens.cli.attribute_job")
+    job = loaded("attnlens.cli.attribute_job")
     job.explain(ModelAsked(model, tokenizer, device, dtype), asked)
 
 
@@ -290,7 +283,7 @@ def flow(
     asked = PathsAsked(
         read_prompt(text, file), method.value, target, threshold, top, out, source, stack
     )
-    _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
+    loaded("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
 
 
 @app.command()
@@ -312,7 +305,7 @@ def routes(
     Example: attnlens routes MODEL "Ann met Ben. Ben saw" --threshold 0.02 --out routes.json
     """
     asked = PathsAsked(read_prompt(text, file), "routes", target, threshold, top, out, stack=stack)
-    _commands("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
+    loaded("attnlens.cli.flow_job").follow(ModelAsked(model, tokenizer, device, dtype), asked)
 
 
 @app.command()
@@ -340,8 +333,12 @@ def faithfulness(
     Example: attnlens faithfulness MODEL --task ioi --methods attnlrp,rollout --out judged
     """
     asked = JudgedAsked(task, methods, replacement.value, token, special, prompts, seed, batch_size)
-    job = _commands("attnlens.cli.faithfulness_job")
+    job = loaded("attnlens.cli.faithfulness_job")
     job.judge(ModelAsked(model, tokenizer, device, dtype), asked, out)
+
+
+app.command()(circuit_commands.circuit)
+app.command()(circuit_commands.compare)
 
 
 @app.command()
@@ -359,7 +356,7 @@ def doctor(
 ) -> None:
     """Check that attnlens sees a model exactly, and name its clearest heads. Exit code 0 or 1."""
     texts = TextsAsked(file, lines, column, cut, max_tokens, limit)
-    sound = _commands().diagnose(ModelAsked(model, tokenizer, device, dtype), texts)
+    sound = loaded().diagnose(ModelAsked(model, tokenizer, device, dtype), texts)
     raise typer.Exit(0 if sound else 1)
 
 

@@ -184,3 +184,37 @@ class JudgedAsked:
     prompts: int
     seed: int
     batch_size: int
+
+
+@dataclass(frozen=True)
+class CircuitAsked:
+    """Which circuit is looked for, or evaluated, and how.
+
+    Attributes:
+        method: eap-ig, eap, exact or removal.
+        top: so many edges, or nodes; of a removal so many it begins with. The rule's own where
+            None, and no threshold.
+        threshold: the least size of a score; of a removal the share of the task an edge may cost.
+        order: how a removal visits edges.
+        resume: go on with the removal in the folder.
+        graphs: suffixes of the graph's files, separated by commas.
+        evaluate: a saved circuit that is run in place of finding one.
+
+    """
+
+    task: str
+    prompts: int
+    seed: int
+    method: str
+    steps: int
+    ablation: str
+    metric: str | None
+    top: int | None
+    threshold: float | None
+    greedy: bool
+    granularity: str
+    order: str | None
+    resume: bool
+    batch_size: int
+    graphs: str
+    evaluate: Path | None

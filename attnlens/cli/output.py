@@ -10,8 +10,9 @@ from pathlib import Path
 from attnlens.errors import FileError
 
 # What a report may hold; what an earlier report left of these is replaced or removed.
-OWNED = ("heads.csv", "heads.parquet", "rollout.graphml", "rollout.json", "tables", "figures",
-         "index.html")  # fmt: skip
+OWNED = ("heads.csv", "heads.parquet", "rollout.graphml", "rollout.json", "circuit.json",
+         "graph.graphml", "graph.gexf", "graph.json", "graph.cyjs", "graph.dot", "graph.gv",
+         "graph.csv", "tables", "figures", "index.html")  # fmt: skip
 
 
 @contextmanager

@@ -100,9 +100,16 @@ def add_table(page: Page, table: Table) -> None:
 
 
 def write_page(
-    folder: Path, title: str, subtitle: str, lines: Sequence[str], parts: Sequence[Part]
+    folder: Path,
+    title: str,
+    subtitle: str,
+    lines: Sequence[str],
+    parts: Sequence[Part],
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Parts as a folder: index.html, tables/ in CSV and Parquet, figures/.
+
+    `others` are files that lie there too, by name, and what they hold.
 
     Raises FileError where a file cannot be written.
     """
@@ -113,7 +120,8 @@ def write_page(
         add_part(page, part)
     figures = {name: drawn.figure for part in parts for name, drawn in part.figures.items()}
     page.section("Files beside this page")
-    page.add(element("ul", *file_items(parts, figures)))
+    beside = [_file_item(name, what) for name, what in (others or {}).items()]
+    page.add(element("ul", *beside, *file_items(parts, figures)))
     write_tables(folder, parts)
     write_figures(folder, figures, title)
     write_atomically(folder / "index.html", page.html())
@@ -156,7 +164,11 @@ def file_items(parts: Sequence[Part], figures: Mapping[str, go.Figure]) -> list[
     files += [
         (f"figures/{name}.html", f"the figure {name.replace('-', ' ')} alone") for name in figures
     ]
-    return [element("li", element("a", name, href=name), f": {what}") for name, what in files]
+    return [_file_item(name, what) for name, what in files]
+
+
+def _file_item(name: str, what: str) -> str:
+    return element("li", element("a", name, href=name), f": {what}")
 
 
 def _cell(column: str, value: Any, top: float | None) -> str | Cell:
