@@ -28,7 +28,7 @@ def circuit(
     steps: ask.Steps = 10,
     ablation: ask.Ablation = ask.Cut.RESAMPLE,
     metric: common.Metric = None,
-    graph: ask.Graphs = "graphml,json",
+    graph: ask.Graphs = "graphml,cyjs",
     evaluate: ask.Evaluate = None,
     batch_size: ask.PromptBatch = 8,
     top: ask.Top = None,

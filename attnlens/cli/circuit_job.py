@@ -276,6 +276,7 @@ def _write(
     others = {"circuit.json": "the circuit, for al.Circuit.load, attnlens compare and --evaluate"}
     graph: Any = found.circuit.to_graph()
     for suffix in suffixes:
-        export_graph(graph, folder / f"graph{suffix}")
-        others[f"graph{suffix}"] = "its graph"
+        name = f"circuit{'.graph' * (suffix == '.json')}{suffix}"  # circuit.json is the circuit
+        export_graph(graph, folder / name)
+        others[name] = "its graph"
     write_page(folder, title, subtitle, found.lines, circuit_parts(found), others)

@@ -81,7 +81,7 @@ Graphs = Annotated[
     typer.Option(
         "--graph",
         help="Formats of the graph: graphml, gexf (Gephi), json (networkx, D3), cyjs (Cytoscape), "
-        "dot or gv (Graphviz), csv; graph.FORMAT each.",
+        "dot or gv (Graphviz), csv; circuit.FORMAT each, circuit.graph.json for json.",
         metavar="FORMATS",
     ),
 ]

@@ -11,8 +11,8 @@ from attnlens.errors import FileError
 
 # What a report may hold; what an earlier report left of these is replaced or removed.
 OWNED = ("heads.csv", "heads.parquet", "rollout.graphml", "rollout.json", "circuit.json",
-         "graph.graphml", "graph.gexf", "graph.json", "graph.cyjs", "graph.dot", "graph.gv",
-         "graph.csv", "tables", "figures", "index.html")  # fmt: skip
+         "circuit.graphml", "circuit.gexf", "circuit.graph.json", "circuit.cyjs", "circuit.dot",
+         "circuit.gv", "circuit.csv", "tables", "figures", "index.html")  # fmt: skip
 
 
 @contextmanager
