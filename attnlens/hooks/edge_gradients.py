@@ -15,7 +15,7 @@ along a line of inputs Hanna et al. 2024 (Have faith in faithfulness).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,8 @@ from attnlens.hooks.seam import Call
 from attnlens.hooks.session import Handle, Observer, Session
 from attnlens.hooks.wiring import Reader, Wiring, Writer
 
-_ROWS = 64
-"""Positions at a time, those of all prompts together: few, so that what lies between stays small,
-and enough for products that are not thin."""
+_SPACE = 2**27
+"""Bytes that what the senders wrote may take, at some positions of all prompts at a time."""
 
 
 @dataclass(frozen=True)
@@ -198,33 +197,25 @@ def edge_scores(
     `change` holds `u' - u` by writer, as `Activations.written` does; padding, where `real` of the
     embeddings' name says so, counts nothing.
     """
-    network = wiring.network
     batch = next(iter(change.values())).shape[0]
-    scores = torch.zeros(batch, *network.exists.shape, dtype=torch.float64)
+    scores = torch.zeros(batch, *wiring.network.exists.shape, dtype=torch.float64)
     for stream in dict.fromkeys(writer.stream for writer in wiring.writers):
         writers = [writer for writer in wiring.writers if writer.stream == stream]
-        rows = [
-            row
-            for w in writers
-            for row in range(wiring.rows[w.name].start, wiring.rows[w.name].stop)
-        ]
-        length = change[writers[0].name].shape[1]
-        prompts = max(1, _ROWS // length)
-        for at in _blocks(batch, length, prompts):
+        for at in _blocks(wiring, writers, change):
             sent = torch.cat([_added(wiring, w, change[w.name], at) for w in writers], dim=1)
             mask = real.get(stream)
             if mask is not None:
                 sent = sent * mask[at][:, None, :, None]
-            flat = sent.flatten(2)
             for place, readers in _by_place(wiring, stream).items():
-                wanted = _gradients(wiring, place, readers, asked, at)
-                found = torch.bmm(flat, wanted.flatten(2).mT.to(flat)).double().cpu()
-                columns = wiring.inputs(readers)
-                part = scores[at[0]]
-                part[:, torch.tensor(rows)[:, None], torch.tensor(columns)] += (
-                    found * wiring.factors(place)[rows][:, None].double()
-                )
-    return scores * network.exists
+                # Of what senders wrote, those before the place are the first.
+                seen = [w for w in writers if w.name in wiring.places[place].factors]
+                rows = wiring.senders(writers[: writers.index(seen[-1]) + 1])
+                wanted = _gradients(wiring, place, readers, asked, at).to(sent)
+                found = torch.bmm(sent[:, : len(rows)].flatten(2), wanted.flatten(2).mT)
+                factors = wiring.factors(place)[rows][:, None].double()
+                cells = torch.tensor(rows)[:, None], torch.tensor(wiring.inputs(readers))
+                scores[at[0]][:, *cells] += found.double().cpu() * factors
+    return scores
 
 
 def node_scores(
@@ -252,11 +243,15 @@ Block = tuple[slice, slice]
 """Some prompts and some positions."""
 
 
-def _blocks(batch: int, length: int, prompts: int) -> list[Block]:
+def _blocks(wiring: Wiring, writers: Sequence[Writer], change: Mapping[str, Tensor]) -> list[Block]:
+    """All positions of all prompts, as many at a time as what was written there leaves room for."""
+    batch, length, width = change[writers[0].name].shape
+    rows = max(1, _SPACE // (4 * width * sum(writer.heads for writer in writers)))
+    prompts = max(1, rows // length)
     return [
-        (slice(b, b + prompts), slice(t, t + _ROWS))
+        (slice(b, b + prompts), slice(t, t + rows))
         for b in range(0, batch, prompts)
-        for t in range(0, length, _ROWS)
+        for t in range(0, length, rows)
     ]
 
 
