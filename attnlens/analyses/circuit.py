@@ -176,8 +176,9 @@ class Circuit:
         try:
             return _from_record(content)
         except (KeyError, TypeError, ValueError, IndexError, InputError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
             raise FileError(
-                f"{path} is no circuit file of attnlens, or damaged: {error}."
+                f"{path} is no circuit file of attnlens, or damaged: {what}."
             ) from error
 
     def _matrix(self, values: Tensor) -> Float[Tensor, "sender receiver"] | None:

@@ -56,6 +56,7 @@ def circuit(
         threshold, greedy, granularity.value, order and order.value, resume, batch_size, graph,
         evaluate,
     )  # fmt: skip
+    _check(asked)
     job = loaded("attnlens.cli.circuit_job")
     opened = ModelAsked(model, tokenizer, device, dtype)
     job.find_circuit(opened, asked, out, given.obj or sys.argv[1:])
@@ -77,3 +78,28 @@ def _check_as_it_is(given: typer.Context) -> None:
             raise InputError(
                 f"--evaluate runs a circuit as it is: leave --{name.replace('_', '-')} out."
             )
+
+
+def _check(asked: CircuitAsked) -> None:
+    """Raise InputError for options that do not go together."""
+    removal, by_nodes = asked.method == "removal", asked.granularity == "nodes"
+    if removal:
+        if asked.greedy or by_nodes:
+            option = "--greedy" if asked.greedy else "--granularity nodes"
+            raise InputError(f"A removal decides of each edge itself: leave {option} out.")
+        if asked.threshold is not None and not asked.threshold > 0:
+            raise InputError(
+                f"--threshold {asked.threshold:g}: give the share of the task that an edge must "
+                "cost to stay, over 0."
+            )
+        return
+    for given, option in ((asked.order, "--order"), (asked.resume, "--resume")):
+        if given:
+            raise InputError(f"{option} is of --method removal: give that too, or leave it out.")
+    if asked.top is not None and asked.threshold is not None:
+        raise InputError("Give --top or --threshold, not both: each says how many edges are kept.")
+    if by_nodes and (asked.greedy or asked.threshold is not None):
+        option = "--greedy" if asked.greedy else "--threshold"
+        raise InputError(f"{option} chooses edges; nodes are chosen by --top.")
+    if asked.threshold is not None and not asked.threshold >= 0:
+        raise InputError(f"--threshold {asked.threshold:g}: sizes of scores are 0 or more.")

@@ -19,16 +19,15 @@ from attnlens.analyses.edge_scores import EdgeScores, edges
 from attnlens.analyses.greedy_edges import Order, remove_edges
 from attnlens.analyses.node_scores import NodeScores, nodes
 from attnlens.analyses.scoring import Method
-from attnlens.analyses.selection import Selection
-from attnlens.cli.asked import CircuitAsked, ModelAsked, StoppedError
-from attnlens.cli.circuit_state import kept_text, removal_state
+from attnlens.cli.asked import CircuitAsked, ModelAsked
+from attnlens.cli.circuit_state import removal_state
 from attnlens.cli.grading import no_grading
 from attnlens.cli.main_job import build_task
 from attnlens.cli.opening import open_checked
 from attnlens.cli.options import TASK_FILES
 from attnlens.cli.output import staged
 from attnlens.cli.progress import Steps, progress
-from attnlens.errors import AttnlensError, InputError
+from attnlens.errors import InputError
 from attnlens.graphs.export import SUFFIXES, export_graph
 from attnlens.lens import Lens
 from attnlens.tasks import Task
@@ -62,63 +61,28 @@ def find_circuit(model: ModelAsked, asked: CircuitAsked, out: Path, words: Seque
     What can be refused without the model is refused first; `words` are those of the command, to
     say how to go on after a stop. Raises what the analyses raise.
     """
-    _check(asked)
     suffixes = _suffixes(asked.graphs)
     saved = None if asked.evaluate is None else Circuit.load(asked.evaluate)
-    try:
-        with removal_state(out, asked) as state, staged(out) as folder, progress() as steps:
-            lens = open_checked(model, steps)
-            chosen_on, judged, on = _tasks(lens, asked, steps)
-            if saved is None:
-                found = _find(lens, chosen_on, asked, state, steps)
-            else:
-                check_network(lens, saved)
-                found = _Found(saved)
-            findings = _judge(lens, judged, on, found, asked, steps)
-            with steps("Writing the report"):
-                title = f"Circuit of {spaced(judged.name)} in {model.title}"
-                _write(findings, suffixes, folder, title, model_line(lens.anatomy))
-    except AttnlensError as error:
-        kept = kept_text(out, asked, words)
-        if kept is not None:
-            error.add_note(kept)
-        raise
-    except KeyboardInterrupt:
-        kept = kept_text(out, asked, words)
-        if kept is None:
-            raise
-        raise StoppedError(kept) from None
+    with removal_state(out, asked, words) as state, staged(out) as folder, progress() as steps:
+        lens = open_checked(model, steps)
+        chosen_on, judged, on = _tasks(lens, asked, steps)
+        if saved is None:
+            found = _find(lens, chosen_on, asked, state, steps)
+        else:
+            check_network(lens, saved)
+            origin = saved.about.get("task")
+            found = _Found(saved, taken=f"found on {spaced(origin)}" if origin else "")
+        findings = _judge(lens, judged, on, found, asked, steps)
+        with steps("Writing the report"):
+            title = f"Circuit of {spaced(judged.name)} in {model.title}"
+            _write(findings, suffixes, folder, title, model_line(lens.anatomy))
     typer.echo()
     for line in findings.lines:
         typer.echo(line)
-    again = shlex.quote(str(out / "circuit.json"))
-    typer.echo(f"On another task: attnlens circuit MODEL --task TASK --evaluate {again}")
+    if saved is None:
+        own = shlex.quote(str(out / "circuit.json"))
+        typer.echo(f"On another task: attnlens circuit MODEL --task TASK --evaluate {own}")
     typer.echo(f"Written to {out}: open {out / 'index.html'}")
-
-
-def _check(asked: CircuitAsked) -> None:
-    """Raise InputError for options that do not go together."""
-    removal, by_nodes = asked.method == "removal", asked.granularity == "nodes"
-    if removal:
-        if asked.greedy or by_nodes:
-            option = "--greedy" if asked.greedy else "--granularity nodes"
-            raise InputError(f"A removal decides of each edge itself: leave {option} out.")
-        if asked.threshold is not None and not asked.threshold > 0:
-            raise InputError(
-                f"--threshold {asked.threshold:g}: give the share of the task that an edge must "
-                "cost to stay, over 0."
-            )
-        return
-    for given, option in ((asked.order, "--order"), (asked.resume, "--resume")):
-        if given:
-            raise InputError(f"{option} is of --method removal: give that too, or leave it out.")
-    if asked.top is not None and asked.threshold is not None:
-        raise InputError("Give --top or --threshold, not both: each says how many edges are kept.")
-    if by_nodes and (asked.greedy or asked.threshold is not None):
-        option = "--greedy" if asked.greedy else "--threshold"
-        raise InputError(f"{option} chooses edges; nodes are chosen by --top.")
-    if asked.threshold is not None:
-        Selection(threshold=asked.threshold)
 
 
 def _suffixes(given: str) -> tuple[str, ...]:
@@ -178,10 +142,9 @@ def _find(lens: Lens, task: Task, asked: CircuitAsked, state: Path | None, steps
     else:
         circuit = scores.circuit(top, asked.threshold, asked.greedy)
     if not len(circuit):
-        option = "--top" if asked.threshold is None else "--threshold"
+        option, mend = ("--top", "raise") if asked.threshold is None else ("--threshold", "lower")
         raise InputError(
-            f"No edge that {option} keeps lies on a way from embeddings to logits: "
-            f"{'raise' if option == '--top' else 'lower'} it, or give --greedy."
+            f"No edge that {option} keeps lies on a way from embeddings to logits: {mend} it."
         )
     return _Found(circuit, scores, taken, scores.notes)
 

@@ -138,7 +138,7 @@ def _edge_lines(circuit: Circuit, evaluation: CircuitEvaluation) -> list[str]:
     if circuit.about.get("granularity") == "edges" and bool(circuit.score.isfinite().all()):
         unit = METRICS[str(circuit.about.get("metric", evaluation.metric))][1]
         named = ", ".join(
-            f"{record['edge']} {record['effect']} {number_text(abs(record['score']))}"
+            f"{record['edge']} {record['effect']} by {number_text(abs(record['score']))}"
             for record in frame.head(NAMED).to_dict("records")
         )
         lines.append(f"Strongest edges{f', in {unit}' if unit else ''}: {named}.")

@@ -73,8 +73,8 @@ def _circuit_part(found: CircuitFindings) -> Part:
             "circuit": Drawn(
                 show(circuit),
                 "Embeddings below, logits on top; edges enter a head from below at the input that "
-                "reads them. Cold colours: cutting the edge lowers the metric; warm: it raises "
-                f"it.{strongest}",
+                "reads them. Wider: larger score; fainter: chosen less often. Cold colours: "
+                f"cutting the edge lowers the metric; warm: it raises it.{strongest}",
             )
         },
         tables={
@@ -162,7 +162,8 @@ def _scores_part(scores: EdgeScores | NodeScores) -> Part:
     of = "edges" if isinstance(scores, EdgeScores) else "nodes"
     where = (
         "Senders down, receivers across, from the first layer to the last; blank where there is no "
-        "edge. Blue: cutting the edge lowers the metric; rust: it raises it."
+        "edge. Blue: cutting the edge lowers the metric; rust: it raises it. "
+        "Colours end at the 99th percentile of sizes."
         if of == "edges"
         else "Layers down; embeddings, heads and MLPs across."
     )

@@ -24,6 +24,7 @@ MOST_ROWS = 200
 WHOLE = {
     "layer", "index", "prompt", "position", "strongest", "text", "prompts", "channel", "arcs",
     "offset", "length", "depth", "counted", "runs", "apart", "partner", "tokens", "heads",
+    "edges", "edges in", "edges out", "first", "second", "shared",
 }  # fmt: skip
 """Columns of numbers that are written as they are."""
 
