@@ -204,8 +204,8 @@ def overlap_part(found: CircuitOverlap, shared: Circuit | None) -> Part:
         title="What both have",
         lines=overlap_lines(found),
         prose=(
-            f"The first is {found.first}; the second is {found.second}. Chance draws edges one by "
-            "one, which circuits are not, so its probability is the least that one should ask."
+            "Chance draws edges one by one, which circuits are not, so its probability is the "
+            "least that one should ask."
         ),
         figures=figures,
         tables=tables,

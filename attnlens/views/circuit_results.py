@@ -126,7 +126,7 @@ def show_overlap(found: CircuitOverlap) -> go.Figure:
         figure.add_trace(
             go.Bar(
                 x=numbers, y=list(kinds), orientation="h", name=name, marker={"color": colour},
-                text=[f"{number:.4g}" for number in numbers], textposition="outside",
+                text=[f"{number:.3g}" for number in numbers], textposition="outside",
                 cliponaxis=False, customdata=texts, hovertemplate="%{customdata}<extra></extra>",
             )
         )  # fmt: skip
