@@ -25,7 +25,8 @@ from attnlens.anatomy import Site
 from attnlens.anatomy.placed import weight_of
 from attnlens.anatomy.weights import input_major
 from attnlens.errors import UnsupportedModelError
-from attnlens.hooks.find_wiring import embeddings, text_sites
+from attnlens.hooks.find_wiring import text_sites
+from attnlens.hooks.module_runs import embeddings
 from attnlens.hooks.replaced import Replaced, of_this_thread
 from attnlens.hooks.returned import first_tensor
 from attnlens.hooks.seam import Call
