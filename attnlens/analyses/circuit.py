@@ -221,10 +221,24 @@ def _from_record(content: Any) -> Circuit:
     for column, rows in enumerate(record["exists"]):
         exists[rows, column] = True
     network = Network(senders, receivers, exists)
+    _check_names(network)
     score, chosen = (_values(content[name], len(network), name) for name in ("score", "chosen"))
     kept = network.mask(network.find(content["edges"]))
     about, found, areas = dict(content["about"]), content["evaluation"], content["curve"]
+    for name, own in (("evaluation", found), ("curve", areas)):
+        if not isinstance(own, dict | None):
+            raise ValueError(f"its {name} is {own!r}")
     return Circuit(network, kept, score, chosen, about, found, areas)
+
+
+def _check_names(network: Network) -> None:
+    """Raise ValueError where nodes have no names, or an input is that of a node there is not."""
+    nodes = network.nodes
+    if not all(isinstance(name, str) for name in nodes):
+        raise ValueError("a node's name is no text")
+    for receiver in network.receivers:
+        if not receiver.nodes or not set(receiver.nodes) <= set(nodes):
+            raise ValueError(f"{receiver.name} is no input of its nodes")
 
 
 def _values(given: Any, count: int, name: str) -> Float[Tensor, " edge"]:
