@@ -41,6 +41,8 @@ from attnlens.views.report_parts import write_page
 TOP, SMALL, SHARE = 200, 2000, 10
 """Edges that are taken where nothing is said: so many, or of a small model one in ten."""
 MOST_NODES, NODE_SHARE = 30, 3
+LITTLE = 0.5
+"""A circuit that does less of the task is warned of."""
 COST = 0.01
 """The share of the task that an edge must cost to survive a removal, where nothing is said."""
 
@@ -205,6 +207,10 @@ def _judge(
                 seed=asked.seed, progress=advance,
             )  # fmt: skip
     notes = dict.fromkeys((*found.notes, *evaluation.notes, *_guessing(evaluation)))
+    if asked.evaluate is None and float(evaluation.faithfulness.mean) < LITTLE:
+        more = "a larger --top" if asked.threshold is None else "a smaller --threshold"
+        notes["The circuit does little of the task: too small, or edges that its scores miss are "
+              f"needed. Try {more}, --method exact or another --ablation."] = None  # fmt: skip
     return CircuitFindings(
         circuit, evaluation, _accuracy(lens, task, asked.batch_size), on, found.taken,
         found.scores, curve, tuple(notes),

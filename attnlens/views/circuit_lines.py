@@ -109,7 +109,13 @@ def _does_lines(found: CircuitFindings) -> list[str]:
     f, rest = evaluation.faithfulness, evaluation.completeness
     does = f"By itself it does {number_text(float(f.mean))} of the task{_interval(f)}"
     left = f"Without it the model keeps {number_text(float(rest.mean))} of the task"
-    return [f"{does}, on {found.judged}{beside}.", f"{left}{_interval(rest)}."]
+    lines = [f"{does}, on {found.judged}{beside}.", f"{left}{_interval(rest)}."]
+    if float(f.mean) < MOST_DONE and found.circuit.about.get("method") == "removal":
+        lines.append(
+            "What was removed cost under the threshold each time, which adds up: a smaller one "
+            "keeps more."
+        )
+    return lines
 
 
 def _interval(found: Any) -> str:
@@ -146,8 +152,8 @@ def _edge_lines(circuit: Circuit, evaluation: CircuitEvaluation) -> list[str]:
     if bool(chosen.isfinite().all()):
         sure = int((chosen >= SURE).sum())
         lines.append(
-            f"Were the prompts drawn again, {sure} of its {len(chosen):,} edges would be chosen in "
-            f"{SURE:.0%} of the draws or more; the mean is {float(chosen.mean()):.0%}."
+            f"Were the prompts drawn again, {sure:,} of its {len(chosen):,} edges would be chosen "
+            f"in {SURE:.0%} of the draws or more; the mean is {float(chosen.mean()):.0%}."
         )
     return lines
 

@@ -64,17 +64,18 @@ def _circuit_part(found: CircuitFindings) -> Part:
         lines=(),
         prose=(
             "An edge is what one node wrote, as one input of a later node reads it: a head "
-            "reads by its query (q), key (k) and value (v), MLPs and logits by one input each. Its "
-            f"score is by how much the {metric} changes where that edge alone is cut; an edge "
-            "helps where cutting it makes the task go worse. Where it is cut the receiver reads "
+            "reads by its query (q), key (k) and value (v), MLPs and logits by one input each."
+            f"{_shared(circuit)} Its score is by how much the {metric} changes where that edge "
+            "alone is cut; an edge helps where cutting it makes the task go worse. Where it is cut "
+            "the receiver reads "
             f"{_instead(str(circuit.about.get('ablation', found.evaluation.ablation)))}."
         ),
         figures={
             "circuit": Drawn(
                 show(circuit),
                 "Embeddings below, logits on top; edges enter a head from below at the input that "
-                "reads them. Wider: larger score; fainter: chosen less often. Cold colours: "
-                f"cutting the edge lowers the metric; warm: it raises it.{strongest}",
+                "reads them. Wider: larger score; fainter: chosen less often. "
+                f"{_colours(circuit, metric)}{strongest}",
             )
         },
         tables={
@@ -90,6 +91,30 @@ def _circuit_part(found: CircuitFindings) -> Part:
             ),
         },
     )  # fmt: skip
+
+
+def _shared(circuit: Circuit) -> str:
+    """What a name like L0G1 means, where heads share keys and values."""
+    many = (read for read in circuit.network.receivers if len(read.nodes) > 1)
+    first = next(many, None)
+    if first is None:
+        return ""
+    group, heads = first.name.partition("<")[0], first.nodes
+    named = f"{', '.join(heads[:-1])} and {heads[-1]}"
+    return f" {group} is {named}, which share keys and values and so read them together."
+
+
+def _colours(circuit: Circuit, metric: str) -> str:
+    """What the colours of edges mean: which of them help."""
+    cold, warm = ("lowers", "raises")
+    if circuit.about.get("direction") == "denoise":
+        does, turned = "putting the edge back", metric != "loss"
+    else:
+        does, turned = "cutting the edge", metric == "loss"
+    ends = ("so it hinders", "so it helps") if turned else ("so it helps", "so it hinders")
+    return (
+        f"Cold colours: {does} {cold} the {metric}, {ends[0]}; warm: {does} {warm} it, {ends[1]}."
+    )
 
 
 def _instead(ablation: str) -> str:

@@ -147,6 +147,8 @@ def circuit_title(about: Mapping[str, Any]) -> str:
     task, method = about.get("task"), str(about.get("method", ""))
     named = spaced(str(task)).capitalize() if task else "A circuit"
     rule = str(about.get("selection", ""))
+    if method == "removal":
+        return f"{named}: found by removal{f', {rule}' if rule else ''}"
     if rule.startswith("top ") and about.get("granularity"):
         rule = rule.replace("top ", "the largest ", 1)
         size, comma, rest = rule.partition(",")
