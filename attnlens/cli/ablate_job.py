@@ -5,14 +5,17 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attnlens.analyses.ablation import ablate
 from attnlens.analyses.ablation_groups import ablate_layers
 from attnlens.analyses.ablation_pairs import ablate_pairs
 from attnlens.analyses.ablation_positions import ablate_positions
+from attnlens.analyses.patching import patch
 from attnlens.analyses.stored import Swept
-from attnlens.cli.asked import SweepAsked
+from attnlens.cli.asked import PatchAsked, SweepAsked
 from attnlens.cli.grading import no_grading
 from attnlens.cli.main_job import build_task
 from attnlens.cli.progress import Steps
@@ -20,13 +23,14 @@ from attnlens.errors import AttnlensError, FileError, InputError
 from attnlens.lens import Lens
 from attnlens.sweeps.store import Store
 from attnlens.sweeps.sweep import SweepSettings
+from attnlens.tasks import Task
 from attnlens.views.panels import count_text
 
 
 def run_sweep(
     opened: Callable[[], Lens], asked: SweepAsked, out: Path, steps: Steps, words: Sequence[str]
 ) -> Swept:
-    """Ablate what was asked for, keeping every value in `out`; what is there already is not run.
+    """Ablate or patch what was asked for, keeping every value in `out`; what is there is not run.
 
     What can be refused without the model is refused first. Raises what the analyses raise, with a
     note of what is kept where the sweep had begun; `words` are those of the command.
@@ -34,23 +38,13 @@ def run_sweep(
     settings = _settings(asked, out)
     check_place(out, asked.resume)
     lens = opened()
-    heads = lens.anatomy.find(asked.heads)
+    work, doing = _patching(asked) if isinstance(asked, PatchAsked) else _ablating(lens, asked)
     with steps(f"Building prompts of the task {asked.task}"):
         task = build_task(lens, asked.task, asked.prompts, asked.seed)
     if task is None:
         raise InputError(f"This model cannot be graded: {no_grading(lens)}.")
-    made = {
-        "heads": (ablate, count_text(len(heads), "head")),
-        "layers": (ablate_layers, count_text(len({head.site for head in heads}), "layer")),
-        "pairs": (
-            ablate_pairs,
-            f"{count_text(len(heads) * (len(heads) - 1) // 2, 'pair')} of heads",
-        ),
-        "positions": (ablate_positions, f"{count_text(len(heads), 'head')} position by position"),
-    }
-    run, what = made[asked.by]
     begun = False
-    with steps(f"Ablating {what}") as advance:
+    with steps(doing) as advance:
 
         def report(done: int, total: int) -> None:
             nonlocal begun
@@ -58,15 +52,45 @@ def run_sweep(
             advance(done, total)
 
         try:
-            return run(
-                lens, task, asked.heads, mode=asked.mode, metric=asked.metric, seed=asked.seed,
-                sweep=settings, progress=report,
-            )  # fmt: skip
+            return work(
+                lens, task, metric=asked.metric, seed=asked.seed, sweep=settings, progress=report
+            )
         except AttnlensError as error:
             kept = kept_text(out, words) if begun else None
             if kept is not None:
                 error.add_note(kept)
             raise
+
+
+def _ablating(lens: Lens, asked: SweepAsked) -> tuple[Callable[..., Swept], str]:
+    """The ablation that was asked for, and what it does."""
+    heads = lens.anatomy.find(asked.heads)
+    pairs = count_text(len(heads) * (len(heads) - 1) // 2, "pair")
+    made = {
+        "heads": (ablate, count_text(len(heads), "head")),
+        "layers": (ablate_layers, count_text(len({head.site for head in heads}), "layer")),
+        "pairs": (ablate_pairs, f"{pairs} of heads"),
+        "positions": (ablate_positions, f"{count_text(len(heads), 'head')} position by position"),
+    }
+    run, what = made[asked.by]
+
+    def work(lens: Lens, task: Task, **settings: Any) -> Swept:
+        return run(lens, task, asked.heads, mode=asked.mode, **settings)
+
+    return work, f"Ablating {what}"
+
+
+def _patching(asked: PatchAsked) -> tuple[Callable[..., Swept], str]:
+    """The patching that was asked for, and what it does."""
+    each = " position by position" if asked.positions else ""
+    work = partial(
+        patch,
+        kind=asked.kind,
+        places=asked.heads or None,
+        positions=asked.positions,
+        direction=asked.direction,
+    )
+    return work, f"Patching {asked.kind} ({asked.direction}){each}"
 
 
 def _settings(asked: SweepAsked, out: Path) -> SweepSettings:

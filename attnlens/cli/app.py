@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from attnlens import __version__
-from attnlens.cli import circuit_commands
+from attnlens.cli import circuit_commands, patch_command
 from attnlens.cli import explaining as explain
 from attnlens.cli import options as ask
 from attnlens.cli.asked import (
@@ -337,6 +337,7 @@ def faithfulness(
     job.judge(ModelAsked(model, tokenizer, device, dtype), asked, out)
 
 
+app.command()(patch_command.patch)
 app.command()(circuit_commands.circuit)
 app.command()(circuit_commands.compare)
 

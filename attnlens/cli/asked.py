@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class StoppedError(Exception):
@@ -118,6 +119,21 @@ class SweepAsked:
     ray: str | None
     workers: int | None
     gpus: float
+
+
+@dataclass(frozen=True)
+class PatchAsked(SweepAsked):
+    """What is patched, on what, and how the work is spread; `heads` "" for all places.
+
+    Attributes:
+        kind, direction: as in `al.patch`.
+        positions: each by itself, or some; all together where None.
+
+    """
+
+    kind: str
+    direction: str
+    positions: tuple[int, ...] | Literal["each"] | None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_both_commands_know_the_same_tasks():
     assert list(TASKS) == [task.value for task in options.SweepTask]
 
 
-@pytest.mark.parametrize("command", ["ablate", "faithfulness"])
+@pytest.mark.parametrize("command", ["ablate", "circuit", "faithfulness", "patch"])
 def test_a_name_that_is_no_task_is_refused_with_those_there_are(command, tmp_path):
     asked = ask(command, small_path(), "--task", "chess", "--out", tmp_path / "out")
     assert asked.exit_code == 2
