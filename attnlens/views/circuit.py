@@ -239,7 +239,8 @@ def _name(edge: Edge) -> str:
 
 def _frame(figure: go.Figure, layout: Layout, title: str, said: str) -> None:
     """Title, legends, and axes that are pixels."""
-    legends = {trace.legend for trace in figure.data if trace.legend}
+    traces: Any = figure.data
+    legends = {trace.legend for trace in traces if trace.legend}
     left, right, below, above = 44, 24, 20, 90 + 22 * (len(legends) > 1)
     styled(figure, title, round(layout.height + below + above), round(layout.width + left + right))
     whole: Any = figure.layout
