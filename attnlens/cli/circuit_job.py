@@ -144,11 +144,15 @@ def _find(lens: Lens, task: Task, asked: CircuitAsked, state: Path | None, steps
     else:
         circuit = scores.circuit(top, asked.threshold, asked.greedy)
     if not len(circuit):
-        option, mend = ("--top", "raise") if asked.threshold is None else ("--threshold", "lower")
-        raise InputError(
-            f"No edge that {option} keeps lies on a way from embeddings to logits: {mend} it."
-        )
+        raise _leads_nowhere("--threshold" if top is None else "--top")
     return _Found(circuit, scores, taken, scores.notes)
+
+
+def _leads_nowhere(option: str) -> InputError:
+    mend = "raise" if option == "--top" else "lower"
+    return InputError(
+        f"No edge that {option} keeps lies on a way from embeddings to logits: {mend} it."
+    )
 
 
 def _size(count: int, by_nodes: bool) -> tuple[int, str]:
@@ -175,6 +179,8 @@ def _remove(
                 batch_size=asked.batch_size, seed=asked.seed, progress=advance,
             )  # fmt: skip
     start = None if scores is None or asked.top is None else scores.circuit(asked.top)
+    if start is not None and not len(start):
+        raise _leads_nowhere("--top")
     count = len(lens.wiring.network if start is None else start)
     with steps(f"Trying {count:,} edges one after another") as advance:
         circuit = remove_edges(
@@ -184,6 +190,8 @@ def _remove(
             state=state, progress=advance,
         )  # fmt: skip
     if not len(circuit):
+        if state is not None:  # there is nothing to go on with
+            state.unlink(missing_ok=True)
         raise InputError("No edge costs so much of the task: lower --threshold.")
     taken = "as --threshold does not say" if asked.threshold is None else ""
     return _Found(circuit, scores, taken, () if scores is None else scores.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,17 +83,20 @@ def _task_lines(found: CircuitFindings) -> list[str]:
 def _size_lines(circuit: Circuit, taken: str) -> list[str]:
     nodes = [name for name in circuit.nodes if circuit.network.layers[name] >= 0][:-1]
     heads = [name for name in nodes if not name.endswith(".mlp")]
-    parts = [count_text(len(heads), "head"), count_text(len(nodes) - len(heads), "MLP")]
+    counts = {"head": len(heads), "MLP": len(nodes) - len(heads)}
+    parts = [count_text(count, kind) for kind, count in counts.items() if count]
+    between = f" between {' and '.join(parts)}" if parts else ""
     about = circuit.about
     rule = circuit_title(about).partition(": ")[2]
     told = [taken] if taken else []
-    if about.get("granularity") == "edges" and about.get("method") != "removal":
+    whole = re.match(rf"top {len(circuit)}\b", str(about.get("selection", "")))
+    if about.get("granularity") == "edges" and about.get("method") != "removal" and not whole:
         told.append("those on no way from embeddings to logits are left out")
     origin = f", {rule}" if rule else ""
     origin += f" ({'; '.join(told)})" if told else ""
     line = (
         f"The circuit: {count_text(len(circuit), 'edge')} of {len(circuit.network):,} "
-        f"({circuit.share:.1%}) between {' and '.join(parts)}{origin}."
+        f"({circuit.share:.1%}){between}{origin}."
     )
     return [line]
 

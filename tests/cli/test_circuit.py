@@ -181,6 +181,22 @@ def test_a_removal_goes_on_after_a_stop(run, wired_model, tmp_path, monkeypatch)
     assert again.about["forward passes"] < whole.about["forward passes"]
 
 
+def test_a_removal_that_keeps_nothing_leaves_nothing(refused, wired_model, tmp_path):
+    given = ("circuit", wired_model, "--method", "removal", "--prompts", 2, "--steps", 1)
+    out = ("--out", tmp_path / "out")
+    told = refused(*given, "--threshold", 100, *out)
+    assert "lower --threshold" in told
+    assert "--resume" not in told
+    assert "--top keeps lies on a way" in refused(*given, "--top", 1, *out)
+
+
+def test_a_circuit_that_does_little_is_warned_of(run, tmp_path):
+    given = ("circuit", small_path(), "--task", "ioi", "--prompts", 4, "--method", "eap")
+    code, said, _ = run(*given, "--ablation", "mean", "--threshold", 0.2, "--out", tmp_path / "out")
+    assert code == 0
+    assert "Beware: The circuit does little of the task" in said
+
+
 def test_two_circuits_are_compared_without_a_model(run, names, tmp_path):
     other = tmp_path / "repeat"
     code, *_ = run("circuit", small_path(), "--task", "repeat", *FEW, "--out", other)
