@@ -212,7 +212,7 @@ def edge_scores(
                 rows = wiring.senders(writers[: writers.index(seen[-1]) + 1])
                 wanted = _gradients(wiring, place, readers, asked, at).to(sent)
                 found = torch.bmm(sent[:, : len(rows)].flatten(2), wanted.flatten(2).mT)
-                factors = wiring.factors(place)[rows][:, None].double()
+                factors = wiring.factors(place)[rows][:, None]
                 cells = torch.tensor(rows)[:, None], torch.tensor(wiring.inputs(readers))
                 scores[at[0]][:, *cells] += found.double().cpu() * factors
     return scores

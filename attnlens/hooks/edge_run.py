@@ -165,20 +165,27 @@ class EdgeRun(Observer):
 
     def attach(self, model: nn.Module) -> Sequence[Handle]:
         """Hooks on what writes and what reads."""
+        # First what may be refused: a session takes back the hooks that it was given alone.
+        projected = self._linear(model)
         handles = writer_hooks(self._wiring, self._wrote)
-        linear: dict[str, list[Reader]] = {}
         for reader in self._wiring.readers:
             if reader.projection is not None:
-                linear.setdefault(reader.projection.module, []).append(reader)
                 continue
             names = reader.modules or (reader.place,)
             for name in names:
                 hook = of_this_thread(self._enter(reader, normed=bool(reader.modules)))
                 handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        for name, readers in linear.items():
-            module = model.get_submodule(name)
-            handles.append(Replaced(module, self._projected(name, module, readers)))
+        handles += [Replaced(module, forward) for module, forward in projected]
         return handles
+
+    def _linear(self, model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The linear modules of queries, keys and values, with what runs in their place."""
+        found: dict[str, list[Reader]] = {}
+        for reader in self._wiring.readers:
+            if reader.projection is not None:
+                found.setdefault(reader.projection.module, []).append(reader)
+        modules = {name: model.get_submodule(name) for name in found}
+        return [(modules[n], self._projected(n, modules[n], own)) for n, own in found.items()]
 
     def see(self, site: Site, call: Call) -> Call:
         """Note what the heads write."""
@@ -311,7 +318,7 @@ def _weights(
         of_stream = [w for w in wiring.writers if w.stream == stream]
         until = of_stream.index(seen[-1]) + 1
         rows = wiring.senders(of_stream[:until])
-        weights = kept[:, rows, columns].float() * factors[rows][:, None]
+        weights = kept[:, rows, columns] * factors[rows][:, None]
         found[reader.part, reader.kind] = stream, weights.transpose(1, 2).contiguous()
     return found
 

@@ -117,7 +117,7 @@ class Wiring:
 
     def factors(self, place: str) -> Float[Tensor, " sender"]:
         """The factor by which each sender of the network is seen at a place; 0 where it is not."""
-        found = torch.zeros(len(self.network.senders))
+        found = torch.zeros(len(self.network.senders), dtype=torch.float64)
         for name, factor in self.places[place].factors.items():
             found[self.rows[name]] = factor
         return found
