@@ -18,6 +18,7 @@ from typing import Any, get_args
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from transformers.utils import logging
 
 import attnlens as al
 from attnlens.analyses.circuit import Circuit
@@ -27,11 +28,13 @@ from attnlens.analyses.edge_runs import EdgeAblation
 from attnlens.analyses.edge_scores import EdgeScores
 from attnlens.analyses.greedy_edges import Order
 from attnlens.analyses.scoring import Method
+from attnlens.errors import AttnlensError
 from attnlens.lens import Lens
 from attnlens.tasks import Task
 from attnlens.views.theme import styled
 from attnlens.zoo import induction_model, name_circuit, name_model, small_path
 from scripts.ablation_figures import CONTROL, FIGURES, GRID, print_table, write
+from tests.architectures import ARCHITECTURES
 
 TOP = 100
 """Edges of a circuit in most tables."""
@@ -459,6 +462,27 @@ def heads_of(study: Study, name: str) -> pd.DataFrame:
     return frame
 
 
+def architectures(_: Study) -> None:
+    """Which of the tested architectures have edges; only made when it is named."""
+    logging.set_verbosity(logging.CRITICAL)
+    told: dict[str, str] = {}
+    for name, architecture in ARCHITECTURES.items():
+        model: Any = architecture.build()
+        try:
+            try:
+                lens = al.Lens(model)
+            except AttnlensError:
+                lens = al.Lens(model, example=architecture.inputs(model))
+            told[name] = f"{len(lens.wiring.network)} edges"
+        except AttnlensError as error:
+            told[name] = str(error).partition(", so ")[0]
+    frame = pd.DataFrame({"architecture": list(told), "edges": list(told.values())})
+    print_table("Which architectures have edges", frame)
+    count = sum(text.endswith(" edges") for text in told.values())
+    headless = sum("no logits" in text for text in told.values())
+    print(f"{count} have edges, {len(told) - count - headless} with logits have none\n")
+
+
 def with_bounds(value: Any, low: Any, high: Any, digits: int = 2) -> str:
     return f"{float(value):.{digits}f} ({float(low):.{digits}f} to {float(high):.{digits}f})"
 
@@ -467,20 +491,24 @@ DRAWN: Mapping[str, Callable[[Study], go.Figure]] = {
     function.__name__: function
     for function in (known, induction, names, scores, curves, evaluation, paths)
 }
-TABLES: Mapping[str, Callable[[Study], None]] = {
+TABLES: dict[str, Callable[[Study], None]] = {
     function.__name__: function for function in (saturated, rules, removal, methods, reuse, heads)
 }
+ASKED = {"architectures": architectures}
+"""Tables that are made only when they are named."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*DRAWN, *TABLES]))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=", ".join([*DRAWN, *TABLES, *ASKED])
+    )
     parser.add_argument("--prompts", type=int, default=16, help="of each task")
     asked = parser.parse_args()
     study = Study(asked.prompts)
     for which in asked.names or [*DRAWN, *TABLES]:
-        if which in TABLES:
-            TABLES[which](study)
+        if which in TABLES | ASKED:
+            (TABLES | ASKED)[which](study)
         else:
             write(DRAWN[which](study), FIGURES / f"circuit-{which}.png")
 
