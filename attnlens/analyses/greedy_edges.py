@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlens.analyses.circuit import Circuit
-from attnlens.analyses.circuit_evaluation import Faithfulness
+from attnlens.analyses.circuit_evaluation import Faithfulness, check_network
 from attnlens.analyses.edge_runs import EdgeAblation, EdgeRuns, Progress
 from attnlens.anatomy.network import Network
 from attnlens.errors import FileError, InputError
@@ -75,7 +75,8 @@ def remove_edges(
     edges cost when they were tried.
 
     Raises:
-        InputError: a threshold under 0, an unknown order, or as for `evaluate_circuit`.
+        InputError: a threshold of 0 or less, an unknown order, scores that are not one an edge,
+            or as for `evaluate_circuit`.
         FileError: a state file of another removal, or one that cannot be written.
 
     """
@@ -83,6 +84,8 @@ def remove_edges(
         raise InputError(
             f"threshold={threshold}; give the share of the task an edge may cost, over 0."
         )
+    if start is not None:
+        check_network(lens, start)
     runs = EdgeRuns(lens, task, metric, ablation, reference, batch_size)
     network = runs.network
     first = network.exists if start is None else start.kept & network.exists
@@ -192,6 +195,11 @@ def _visits(
         raise InputError(f"There is no order {order!r}; choose {', '.join(get_args(Order))}.")
     if (order == "scores") != (scores is not None):
         raise InputError('scores= go with order="scores", and it needs them: edges(...).score.')
+    if scores is not None and scores.shape != (len(network),):
+        raise InputError(
+            f"scores of shape {tuple(scores.shape)} for {len(network)} edges; give one an edge: "
+            "edges(...).score."
+        )
     numbers = network.numbers(first)
     if order == "from logits":
         return numbers.flip(0)
@@ -227,6 +235,8 @@ def _begun(path: Path | None, facts: Mapping[str, Any]) -> _State:
         content = json.loads(path.read_bytes())
         if content["format"] != _FORMAT:
             raise ValueError("it is of another kind")
+        if not isinstance(content["facts"], dict):
+            raise ValueError("it does not say of what")
         stays, costs = tuple(map(bool, content["stays"])), tuple(map(float, content["costs"]))
         if len(stays) != len(costs) or len(stays) > facts["visits"]:
             raise ValueError("it holds too many decisions")
