@@ -108,8 +108,8 @@ Top = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(
-        help="All edges whose score has this size. Of a removal, the share of the task that an "
-        "edge must cost to stay: 0.01 where not given.",
+        help="All edges whose score is of this size or more. Of a removal, the share of the task "
+        "that an edge must cost to stay: 0.01 where not given.",
         metavar="X",
         rich_help_panel=CHOICE,
     ),

@@ -146,7 +146,7 @@ def _edge_lines(circuit: Circuit, evaluation: CircuitEvaluation) -> list[str]:
     frame = edges_frame(circuit)
     lines: list[str] = []
     if circuit.about.get("granularity") == "edges" and bool(circuit.score.isfinite().all()):
-        unit = METRICS[str(circuit.about.get("metric", evaluation.metric))][1]
+        unit = metric_words(circuit, evaluation.metric)[1]
         named = ", ".join(
             f"{record['edge']} {record['effect']} by {number_text(abs(record['score']))}"
             for record in frame.head(NAMED).to_dict("records")
@@ -186,6 +186,13 @@ def edges_frame(circuit: Circuit) -> pd.DataFrame:
     words = {1.0: "helps", -1.0: "hinders"}
     frame["effect"] = [words.get(signs[name], "") for name in frame["edge"]]
     return frame
+
+
+def metric_words(circuit: Circuit, otherwise: str) -> tuple[str, str]:
+    """Name and unit of the metric of a circuit's scores, which a file may call as it likes."""
+    metric = str(circuit.about.get("metric", otherwise))
+    name, unit, _ = METRICS.get(metric, (spaced(metric), "", 1))
+    return name, unit
 
 
 def overlap_lines(found: CircuitOverlap) -> tuple[str, ...]:

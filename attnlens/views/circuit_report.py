@@ -11,10 +11,9 @@ from attnlens.analyses.circuit_overlap import CircuitOverlap
 from attnlens.analyses.edge_scores import EdgeScores
 from attnlens.analyses.node_scores import NodeScores
 from attnlens.views.circuit import MOST
-from attnlens.views.circuit_lines import CircuitFindings, edges_frame, overlap_lines
+from attnlens.views.circuit_lines import CircuitFindings, edges_frame, metric_words, overlap_lines
 from attnlens.views.circuit_results import METHODS
 from attnlens.views.panels import count_text
-from attnlens.views.ranking import METRICS
 from attnlens.views.report_parts import Drawn, Part, Table
 from attnlens.views.shown import show
 
@@ -55,7 +54,7 @@ def _nodes_frame(circuit: Circuit, evaluation: CircuitEvaluation) -> pd.DataFram
 
 def _circuit_part(found: CircuitFindings) -> Part:
     circuit = found.circuit
-    metric = METRICS[str(circuit.about.get("metric", found.evaluation.metric))][0]
+    metric = metric_words(circuit, found.evaluation.metric)[0]
     strongest = f" Of {len(circuit):,} edges the strongest {MOST} are drawn." * (
         len(circuit) > MOST
     )
@@ -65,9 +64,8 @@ def _circuit_part(found: CircuitFindings) -> Part:
         prose=(
             "An edge is what one node wrote, as one input of a later node reads it: a head "
             "reads by its query (q), key (k) and value (v), MLPs and logits by one input each."
-            f"{_shared(circuit)} Its score is by how much the {metric} changes where that edge "
-            "alone is cut; an edge helps where cutting it makes the task go worse. Where it is cut "
-            "the receiver reads "
+            f"{_shared(circuit)} {_scored(circuit, metric)} An edge helps where cutting it makes "
+            "the task go worse. Where it is cut the receiver reads "
             f"{_instead(str(circuit.about.get('ablation', found.evaluation.ablation)))}."
         ),
         figures={
@@ -93,6 +91,25 @@ def _circuit_part(found: CircuitFindings) -> Part:
     )  # fmt: skip
 
 
+def _scored(circuit: Circuit, metric: str) -> str:
+    """What the score of an edge is."""
+    about = circuit.about
+    if bool(circuit.score.isnan().all()):
+        return "Scores of its edges are not known."
+    if about.get("granularity") == "nodes":
+        return (
+            f"Its score here is that of its sender: by how much the {metric} changes where all "
+            "that this node writes is cut."
+        )
+    if about.get("method") == "removal":
+        return (
+            f"Its score is by how much the {metric} changed when it was cut out of what the "
+            "removal had left by then."
+        )
+    does = "put back" if about.get("direction") == "denoise" else "cut"
+    return f"Its score is by how much the {metric} changes where that edge alone is {does}."
+
+
 def _shared(circuit: Circuit) -> str:
     """What a name like L0G1 means, where heads share keys and values."""
     many = (read for read in circuit.network.receivers if len(read.nodes) > 1)
@@ -106,15 +123,14 @@ def _shared(circuit: Circuit) -> str:
 
 def _colours(circuit: Circuit, metric: str) -> str:
     """What the colours of edges mean: which of them help."""
-    cold, warm = ("lowers", "raises")
+    if bool(circuit.score.isnan().any()):
+        return ""
     if circuit.about.get("direction") == "denoise":
         does, turned = "putting the edge back", metric != "loss"
     else:
         does, turned = "cutting the edge", metric == "loss"
     ends = ("so it hinders", "so it helps") if turned else ("so it helps", "so it hinders")
-    return (
-        f"Cold colours: {does} {cold} the {metric}, {ends[0]}; warm: {does} {warm} it, {ends[1]}."
-    )
+    return f"Cold colours: {does} lowers the {metric}, {ends[0]}; warm: it raises it, {ends[1]}."
 
 
 def _instead(ablation: str) -> str:
@@ -221,7 +237,9 @@ def overlap_part(found: CircuitOverlap, shared: Circuit | None) -> Part:
     if shared is not None:
         title = f"The {count_text(len(shared), 'edge')} in both"
         figures["shared"] = Drawn(
-            show(shared, title), "What both circuits have, with the scores of the first."
+            show(shared, title),
+            "What both circuits have, with the scores of the first. "
+            + _colours(shared, metric_words(shared, "metric")[0]),
         )
         names = ("edge", "score", "effect")
         tables["shared"] = Table(edges_frame(shared), "edges in both circuits", names)

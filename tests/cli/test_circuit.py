@@ -143,6 +143,25 @@ def test_a_saved_circuit_is_run_on_another_task(run, names, tmp_path):
     assert not (out / "tables" / "scores.csv").exists()
 
 
+def test_a_circuit_given_by_name_is_run_though_it_has_no_scores(run, wired_model, tmp_path):
+    network = al.load(wired_model).wiring.network
+    named = ["embed->L0H1<v>", "L0H1->L1H2<k>", "embed->L1H2<v>", "L1H2->logits"]
+    mine = al.Circuit.of(network, named, {"metric": "mine"})
+    saved = mine.save(tmp_path / "mine.json")
+    given = ("circuit", wired_model, "--prompts", 2, "--evaluate", saved)
+    code, said, told = run(*given, "--out", tmp_path / "out")
+    assert code == 0, told
+    assert "given by name" in said
+    assert "By itself it does 1.00 of the task" in said
+    assert "Strongest" not in said
+    body = _body(tmp_path / "out")
+    assert "Scores of its edges are not known." in body
+    assert "Cold colours" not in body
+    code, said, _ = run("compare", saved, saved, "--out", tmp_path / "both")
+    assert code == 0
+    assert "Edges: 4 shared of 4 and 4" in said
+
+
 def test_a_removal_goes_on_after_a_stop(run, wired_model, tmp_path, monkeypatch):
     given = ("circuit", wired_model, "--method", "removal", "--prompts", 4, "--threshold", 0.05)
     code, said, _ = run(*given, "--out", tmp_path / "whole")
