@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, HeadSpec
 from attnlens.anatomy.weights import HeadWeights
-from attnlens.errors import AttnlensError, InputError, UnsupportedModelError
+from attnlens.errors import InputError
 from attnlens.hooks.backward import Conservation, check_conservation
 from attnlens.hooks.check import Check, check_model
 from attnlens.hooks.edits import Edit, Editor, MeanZ
@@ -38,6 +38,7 @@ from attnlens.hooks.thread import apart
 from attnlens.hooks.wiring import Wiring
 from attnlens.lens.asked import check_edits, check_names, check_prompts, choose, parse_bytes
 from attnlens.lens.decode import Decoded, Decoder, end_ids
+from attnlens.lens.examined import examined, modality
 from attnlens.lens.inputs import Batch, Encoder, Inputs, split
 from attnlens.lens.trace import Recorded, SiteTensors, Statistics, Trace
 
@@ -52,8 +53,8 @@ class Lens:
         self.tokenizer = tokenizer
         self._given_example = dict(example) if example is not None else None
         self._example = self._given_example or example_inputs(model)
-        self.anatomy: Anatomy = _examine(model, self._example, made_up=example is None)
-        self._anatomies = {_modality(self._example): self.anatomy}
+        self.anatomy: Anatomy = examined(model, self._example, made_up=example is None)
+        self._anatomies = {modality(self._example): self.anatomy}
         self._encoder = Encoder(model, tokenizer, self.anatomy.context)
         self._editors: list[Editor] = []
 
@@ -365,7 +366,7 @@ class Lens:
 
     def anatomy_for(self, batch: Batch) -> Anatomy:
         """The anatomy for inputs of this modality; a new one (images, say) is probed once."""
-        key = _modality(batch.inputs)
+        key = modality(batch.inputs)
         if key not in self._anatomies:
             self._anatomies[key] = examine(self.model, batch.inputs)
         return self._anatomies[key]
@@ -383,34 +384,3 @@ class Lens:
 
     def __repr__(self) -> str:
         return f"Lens({self.anatomy.model}, {len(self.anatomy.sites)} sites, {self.device})"
-
-
-def _examine(model: nn.Module, example: Mapping[str, Any], made_up: bool) -> Anatomy:
-    """The anatomy; a model that cannot run the made-up example is told apart from a broken one."""
-    try:
-        return examine(model, example)
-    except AttnlensError:
-        raise
-    except Exception as error:
-        if not made_up:
-            raise
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on the example input that attnlens made up "
-            f"({', '.join(example)}): {error}. Give one, as the model's processor makes it: "
-            "al.load(model, example={...})."
-        ) from error
-
-
-def _modality(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:
-    """What decides which towers run, and how often: the inputs that are not tokens or masks.
-
-    A model may attend once an image, so the sizes of images count, and grids of image sizes.
-    """
-    found: set[tuple[str, object]] = set()
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and "mask" not in name:
-            if value.is_floating_point():
-                found.add((name, tuple(value.shape[1:])))
-            elif "grid" in name:
-                found.add((name, tuple(value.flatten().tolist())))
-    return frozenset(found)
