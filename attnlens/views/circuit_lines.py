@@ -74,7 +74,7 @@ def _task_lines(found: CircuitFindings) -> list[str]:
     prompts = count_text(len(evaluation.full), "prompt")
     right = f"; the right answer is its likeliest token in {found.accuracy:.0%} of {prompts}"
     line = (
-        f"Task {spaced(evaluation.task)}: the whole model has a {name} of {full}{unit}, with every "
+        f"Task {spaced(evaluation.task)}: {name} of the whole model {full}{unit}, with every "
         f"edge cut {empty}{unit}{right}."
     )
     return [line]
