@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from scipy.stats import hypergeom
 from torch import Tensor
@@ -128,13 +129,14 @@ def overlap(first: Circuit, second: Circuit) -> CircuitOverlap:
 
 
 def helping(circuit: Circuit) -> Float[Tensor, " edge"]:
-    """1 of an edge that helps, -1 of one that hinders.
+    """1 of an edge that helps, -1 of one that hinders; NaN where the score is not known.
 
     Cut, an edge that helps lowers the metric or raises a loss; put back, the other way round.
     """
     about = circuit.about
     turned = (about.get("metric") == "loss") == (about.get("direction") == "denoise")
-    return -circuit.score.sign() if turned else circuit.score.sign()
+    score = -circuit.score if turned else circuit.score
+    return score.sign().masked_fill(score.isnan(), torch.nan)  # the sign of NaN is 0
 
 
 def _named(circuit: Circuit) -> str:

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import attnlens as al
-from attnlens.analyses.circuit_curve import FRACTIONS, FaithfulnessCurve, area, faithfulness_curve
+from attnlens.analyses.circuit_curve import (
+    FRACTIONS,
+    FaithfulnessCurve,
+    _areas,
+    area,
+    faithfulness_curve,
+)
+from attnlens.analyses.circuit_evaluation import Faithfulness
 from attnlens.analyses.edge_runs import EdgeRuns
 from attnlens.errors import InputError
 from tests.analyses.known import (
@@ -59,6 +66,16 @@ def test_areas_of_the_curve() -> None:
     # Chance has less of the task, and is farther from it.
     assert (found.random_cpr < found.cpr.mean).all()
     assert (found.random_cmd > found.cmd.mean).all()
+
+
+def test_more_than_the_model_does_is_as_far_off_as_less() -> None:
+    """f of 1.5 and .5 is .5 off each, and the trapezoid between them .5: not 0."""
+    full, empty = torch.ones(2).double(), torch.zeros(2).double()
+    share = Faithfulness(full, empty, seed=0, resamples=9, confidence=0.9)
+    values = torch.tensor([[1.5, 1.5], [0.5, 0.5]]).double()
+    cpr, cmd = _areas(share, values, (0.2, 0.8))
+    assert [float(bound) for bound in cpr] == pytest.approx([0.6] * 3)
+    assert [float(bound) for bound in cmd] == pytest.approx([0.3] * 3)
 
 
 def test_the_known_edges_and_any_more_do_all() -> None:

@@ -31,14 +31,14 @@ ORDERS: tuple[Order, ...] = ("from logits", "from embeddings", "random", "scores
 
 @cache
 def removed() -> Circuit:
-    return remove_edges(name_lens(), name_task(), 0.02)
+    return remove_edges(name_lens(), name_task().subset([0, 1]), 0.02)
 
 
 @cache
 def some() -> Circuit:
     """The known edges with some more, that removal may begin with: fewer to try."""
     own = name_lens().wiring.network
-    others = (~in_circuit()).nonzero()[:, 0][::20]
+    others = (~in_circuit()).nonzero()[:, 0][::30]
     return Circuit.of(own, [*sorted(EDGES), *(own.edge_names[n] for n in others)])
 
 
@@ -63,7 +63,7 @@ def test_scores_are_what_edges_cost_when_they_were_tried() -> None:
     """In this model nothing else was there to lose: as if each alone were cut."""
     found, exact = removed(), name_scores("exact")
     assert torch.allclose(found.score[~in_circuit()], torch.zeros(328).double(), atol=1e-9)
-    assert torch.allclose(found.score, exact.score, atol=1e-9, rtol=0)
+    assert torch.allclose(found.score, exact.by_prompt[:2].mean(0), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -170,7 +170,7 @@ def stopped(path: Path, at: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["from logits", "scores"])
 def test_a_removal_goes_on_where_it_was_stopped(order: Order, tmp_path: Path) -> None:
     whole, path = remove(order), tmp_path / "state.json"
     with pytest.raises(KeyboardInterrupt):
@@ -188,6 +188,18 @@ def test_a_removal_goes_on_where_it_was_stopped(order: Order, tmp_path: Path) ->
     last = remove(order, state=path)
     assert last.edges == whole.edges
     assert last.about["forward passes"] == 0
+
+
+def test_going_on_reckons_from_the_circuit_as_it_is_by_then(tmp_path: Path) -> None:
+    """Where edges that went did a little: f has moved away from 1 when it is stopped."""
+    lens, task = random_task()
+    path = tmp_path / "state.json"
+    whole = remove_edges(lens, task, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        remove_edges(lens, task, 0.2, state=path, progress=stopped(path, 15))
+    again = remove_edges(lens, task, 0.2, state=path)
+    assert again.edges == whole.edges
+    assert torch.allclose(again.score, whole.score, atol=1e-9, rtol=0)
 
 
 @pytest.fixture
