@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnlens.anatomy import Anatomy, Site
 from attnlens.anatomy.weights import HeadWeights, output_weight
-from attnlens.errors import UnsupportedModelError
+from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks.mlp import Mlp
 from attnlens.hooks.module_runs import Seen, Watch
 from attnlens.hooks.probe import evaluating
@@ -29,6 +29,8 @@ from attnlens.hooks.wiring import Place, Reader, Wiring, Writer, logits_reader
 
 _STACKS = ("", "enc", "dec", "cross")
 _PARTS = {"query": "q", "key": "k", "value": "v"}
+_PROMPTS = 4
+"""So many tell the linear modules of queries and keys that a rotary embedding turns."""
 
 
 @torch.no_grad()
@@ -44,10 +46,13 @@ def find_wiring(
         UnsupportedModelError: a stream is no sum of what was written to it (norms after the sums,
             as in BERT, or on what is written, as in Gemma 2), something else writes to it, layers
             share modules, or the queries, keys and values of a site are of no linear module.
+        InputError: an example of one prompt, or of too few to tell queries and keys.
 
     """
     sites = text_sites(anatomy)
     _check(anatomy, sites)
+    if (prompts := _prompts(example)) < 2:
+        raise _too_few(prompts)  # only two that differ show who else writes
     writers = _writers(anatomy, sites, mlps)
     weights = weights_of_sites(model, anatomy, sites, example)
     seen = Seen()
@@ -55,7 +60,7 @@ def find_wiring(
         model(**example)
     ordered = tuple(sorted(writers, key=lambda writer: seen.written[writer.name].clock))
     readers = [
-        *_attention_readers(sites, weights, seen),
+        *_attention_readers(sites, weights, seen, prompts),
         *_mlp_readers(model, writers, mlps, sites, seen),
     ]
     readers.sort(key=lambda reader: seen.run(reader.modules[0]).clock)
@@ -70,6 +75,18 @@ def find_wiring(
 def text_sites(anatomy: Anatomy) -> tuple[Site, ...]:
     """The sites of a model's text stacks: those whose nodes are in its network."""
     return tuple(site for site in anatomy.sites if site.stack in _STACKS)
+
+
+def _prompts(example: Mapping[str, Any]) -> int:
+    return len(next(value for value in example.values() if isinstance(value, Tensor)))
+
+
+def _too_few(prompts: int) -> InputError:
+    return InputError(
+        f"The example that the model was opened with holds {prompts} of the {_PROMPTS} different "
+        "prompts on which edges are found. Give so many, al.load(model, example=...), or none, "
+        "where attnlens can make its own."
+    )
 
 
 def _check(anatomy: Anatomy, sites: Sequence[Site]) -> None:
@@ -115,13 +132,15 @@ def _writers(
 
 
 def _attention_readers(
-    sites: Sequence[Site], weights: Mapping[str, HeadWeights], seen: Seen
+    sites: Sequence[Site], weights: Mapping[str, HeadWeights], seen: Seen, prompts: int
 ) -> Iterator[Reader]:
     for site in sites:
         output_weight(weights[site.name].model, site)
         projections = weights[site.name].projections
         for part, kind in _PARTS.items():
             own = projections.get(part)
+            if own is None and prompts < _PROMPTS:
+                raise _too_few(prompts)
             if own is None:
                 getattr(weights[site.name], part)  # its error says why there is none
             assert own is not None

@@ -18,8 +18,9 @@ from transformers import GPT2LMHeadModel
 
 import attnlens as al
 from attnlens.anatomy.network import Network
-from attnlens.errors import UnsupportedModelError
+from attnlens.errors import InputError, UnsupportedModelError
 from attnlens.hooks import seam, stream_factors
+from attnlens.hooks.examples import example_inputs
 from attnlens.lens import Lens
 from tests.architectures import ARCHITECTURES
 from tests.hooks.test_session import condition
@@ -228,6 +229,22 @@ def test_another_writer_to_the_stream_is_refused(
     )
     with pytest.raises(UnsupportedModelError, match="holds more than embeddings"):
         _ = lens.wiring
+
+
+def test_an_example_of_one_prompt_would_hide_another_writer() -> None:
+    model: Any = ARCHITECTURES["gpt2"].build()
+    with pytest.raises(InputError, match="holds 1 of the 4 different prompts"):
+        _ = al.load(model, example=example_inputs(model, batch=1)).wiring
+    assert len(al.load(model, example=example_inputs(model)).wiring.network) == 262
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_an_example_too_small_for_a_rotary_embedding_is_named(prompts: int) -> None:
+    """The model is not to blame."""
+    model: Any = ARCHITECTURES["llama"].build()
+    with pytest.raises(InputError, match=f"holds {prompts} of the 4 different prompts"):
+        _ = al.load(model, example=example_inputs(model, batch=prompts)).wiring
+    assert len(al.load(model, example=example_inputs(model, batch=4)).wiring.network) == 82
 
 
 def test_a_writer_that_is_scaled_by_the_stream_is_refused() -> None:
