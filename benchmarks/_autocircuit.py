@@ -2,14 +2,18 @@
 
 Started by benchmarks.circuits with an interpreter that has auto-circuit 1.0, transformer-lens under
 2 and transformers under 5. Reads a folder with `weights.safetensors`, `config.json` of a GPT-2 and
-`prompts.safetensors`; then a command a line on standard input, and answers each in one line:
-`eap` (seconds), `run` (seconds of a forward with the edges of `mask.safetensors` ablated), `peak`
-(most memory so far, in bytes), `save` (scores of the latest `eap`, the metric of the latest `run`).
+`prompts.safetensors`; then a command a line on standard input, and answers each in one line
+(`answer NUMBER`): `eap` and `ig` (seconds), `run` (seconds of a forward with the edges of
+`mask.safetensors` ablated), `peak` (most memory so far, in bytes), `over` (the same of the first
+`eap` above what was there before), `save` (scores of the latest `eap`, the metric of the latest
+`run`, to a file).
 """
 
 import json
+import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +43,8 @@ def hooked(folder):
     )  # fmt: skip
     model = HookedTransformer(settings)
     model.load_state_dict(convert_gpt2_weights(own, settings), strict=False)
+    # As its own loader does: else a backward would make the gradients of all weights too.
+    model.requires_grad_(False)
     return model.eval(), own
 
 
@@ -48,6 +54,7 @@ class Peer:
     def __init__(self, folder):
         self.folder = folder
         self.found = {}
+        self.over = 0
         model, own = hooked(folder)
         prompts = load_file(folder / "prompts.safetensors")
         with torch.no_grad():
@@ -71,10 +78,23 @@ class Peer:
 
     def eap(self):
         """Scores of all edges, as gradients of the edges' masks at 0."""
+        if self.over:
+            self.found |= self.gradients(mask_val=0.0)
+            return
+        with Watch() as watch:
+            self.found |= self.gradients(mask_val=0.0)
+        self.over = watch.peak - watch.before
+
+    def ig(self):
+        """Five masks between 0 and 1, of all edges together: not a line of inputs."""
+        self.gradients(integrated_grad_samples=4)
+
+    def gradients(self, **asked):
+        """Its mask gradients."""
         self.model.zero_grad(set_to_none=True)
-        self.found |= mask_gradient_prune_scores(
-            self.model, self.data, None, "logit", "avg_diff", mask_val=0.0,
-            ablation_type=AblationType.RESAMPLE, clean_corrupt="corrupt",
+        return mask_gradient_prune_scores(
+            self.model, self.data, None, "logit", "avg_diff",
+            ablation_type=AblationType.RESAMPLE, clean_corrupt="corrupt", **asked,
         )  # fmt: skip
 
     def prepare(self):
@@ -104,19 +124,47 @@ class Peer:
         save_file(tensors, self.folder / "found.safetensors")
 
 
+class Watch:
+    """Resident memory before, and the most while it is open, watched from a thread."""
+
+    def __enter__(self):
+        self.before = self.peak = self.resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self.resident())
+
+    @staticmethod
+    def resident():
+        """Bytes of this process in memory now."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def main():
     """Answer commands until there are none."""
     torch.set_num_threads(int(sys.argv[2]))
     peer = Peer(Path(sys.argv[1]))
-    print("ready", flush=True)
+    print("answer 0", flush=True)
     for line in sys.stdin:
         command = line.strip()
         if command == "peak":
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
-            continue
-        start = time.perf_counter()
-        getattr(peer, command)()
-        print(time.perf_counter() - start, flush=True)
+            value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        elif command == "over":
+            value = peer.over
+        else:
+            start = time.perf_counter()
+            getattr(peer, command)()
+            value = time.perf_counter() - start
+        print(f"answer {value}", flush=True)
 
 
 if __name__ == "__main__":
