@@ -76,9 +76,13 @@ def test_every_mode_at_every_position_is_what_full_forwards_give(name: str) -> N
     wanted = one_by_one(lens, task, trials)
     found = run_trials(lens, task, trials)
     assert found.notes == ()
-    assert_close(found.values, wanted, IN_PART.get(name, 1e-10))
+    # A softmax in float32 rounds to neighbours 6e-8 apart where its scores, of products of another
+    # height, differ in their last bit; which models that meets depends on the processor.
+    upcast = any(site.upcast for site in lens.anatomy.sites)
+    rounding = IN_PART.get(name, 1e-7 if upcast else 1e-10)
+    assert_close(found.values, wanted, rounding)
     few = run_trials(lens, task, trials, settings=SweepSettings(batch_size=2, tokens=20))
-    assert_close(few.values, wanted, IN_PART.get(name, 1e-10))
+    assert_close(few.values, wanted, rounding)
 
 
 def test_only_the_positions_from_the_start_on_are_run() -> None:
