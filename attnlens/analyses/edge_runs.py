@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,14 +21,11 @@ from attnlens.hooks.session import Observer
 from attnlens.hooks.wiring import Wiring
 from attnlens.lens import Inputs, Lens
 from attnlens.lens.inputs import Batch, repeated, split
+from attnlens.sweeps.patches import Direction, swapped
 from attnlens.tasks import Task
 
 Progress = Callable[[int, int], None]
 """Called with (done, all)."""
-
-Direction = Literal["noise", "denoise"]
-"""`noise`: the clean prompt, with what is cut as in the reference. `denoise`: the corrupt prompt,
-with what is cut as in the clean one."""
 
 SPACE = {"cpu": 2**25}
 """Bytes that what senders wrote may take, all choices that run side by side together: on a CPU so
@@ -69,7 +66,7 @@ def directed(task: Task, direction: Direction, ablation: EdgeAblation) -> Task:
         return task
     if ablation is not EdgeAblation.RESAMPLE:
         raise InputError(f"Denoising puts clean activations back; {ablation} has none to put.")
-    return replace(task, clean=task.corrupt, corrupt=task.clean)
+    return swapped(task)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.circuit import Circuit
-from attnlens.analyses.edge_runs import Direction, EdgeAblation, EdgeRuns, Progress, directed
+from attnlens.analyses.edge_runs import EdgeAblation, EdgeRuns, Progress, directed
 from attnlens.analyses.scoring import Method, Scoring, first_order, scoring_of
 from attnlens.analyses.selection import Selection
 from attnlens.anatomy.network import Network
 from attnlens.hooks.edge_gradients import edge_scores
 from attnlens.lens import Inputs, Lens
+from attnlens.sweeps.patches import Direction
 from attnlens.tasks import Task
 
 

@@ -25,12 +25,10 @@ from attnlens.anatomy.sites import read_head
 from attnlens.errors import InputError
 from attnlens.lens import Lens
 from attnlens.sweeps.clean_run import TOLERANCES
-from attnlens.sweeps.patches import WHOLE, Kind, patch_trials, places_of, swapped
+from attnlens.sweeps.patches import WHOLE, Direction, Kind, patch_trials, places_of, swapped
 from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
-
-Direction = Literal["denoise", "noise"]
 
 
 @dataclass(frozen=True)

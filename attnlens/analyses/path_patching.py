@@ -21,7 +21,7 @@ from attnlens.errors import InputError
 from attnlens.hooks.edits import Patch
 from attnlens.lens import Lens
 from attnlens.sweeps.clean_run import TOLERANCES
-from attnlens.sweeps.patches import swapped, whole_trial
+from attnlens.sweeps.patches import Direction, swapped, whole_trial
 from attnlens.sweeps.run import Values, run_trials
 from attnlens.sweeps.sweep import Progress, SweepSettings
 from attnlens.tasks import Task
@@ -29,9 +29,6 @@ from attnlens.tasks import Task
 Form = Literal["frozen", "direct"]
 """What lies between sender and receivers. `frozen`: all heads held, MLPs computed anew. `direct`:
 nothing; the receivers alone read what the sender writes in the other run."""
-
-Direction = Literal["noise", "denoise"]
-"""`noise`: clean prompts with paths as in corrupt ones; `denoise`: the other way round."""
 
 _NO_SHARES = (
     "No shares: the two runs do not differ in the metric, or this model's last layer cannot be "

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlens.analyses.edge_runs import (
-    Direction,
     EdgeAblation,
     Progress,
     References,
@@ -28,6 +27,7 @@ from attnlens.hooks.reads import ReadRows
 from attnlens.hooks.wiring import Wiring
 from attnlens.lens import Inputs, Lens
 from attnlens.lens.inputs import Batch
+from attnlens.sweeps.patches import Direction
 from attnlens.tasks import Task
 from attnlens.tasks.task import check_metric
 

@@ -21,6 +21,9 @@ OF_KEYS = ("k", "v")
 """Kinds of which groups have one, whose positions are keys."""
 STREAMS = ("residual", "mlp")
 """Kinds of which layers have one."""
+Direction = Literal["denoise", "noise"]
+"""`noise`: the clean prompt runs, and what is patched is as in its corrupt twin; `denoise`: the
+corrupt prompt runs, and what is patched is as in the clean one."""
 WHOLE = "donor"
 """The trial that has all of the other run."""
 
