@@ -27,10 +27,9 @@ from attnlens.tasks import Task
 Progress = Callable[[int, int], None]
 """Called with (done, all)."""
 
-SPACE = {"cpu": 2**25}
-"""Bytes that what senders wrote may take, all choices that run side by side together: on a CPU so
-much as stays near its cache, elsewhere what `SPACE_ELSEWHERE` says."""
-SPACE_ELSEWHERE = 2**31
+SPACE, CPU_SPACE = 2**31, 2**25
+"""Bytes that what senders wrote may take, all choices that run side by side together; on a CPU so
+much as stays near its cache."""
 
 
 class EdgeAblation(StrEnum):
@@ -229,7 +228,7 @@ class EdgeRuns:
         width = self.lens.anatomy.d_model or 1
         each = batch.sides.text.ids
         tokens = each.numel() if each is not None else batch.size
-        space = SPACE.get(self.lens.device.type, SPACE_ELSEWHERE)
+        space = CPU_SPACE if self.lens.device.type == "cpu" else SPACE
         return max(1, space // (len(self.network.senders) * tokens * width * 4))
 
     def _first_cut(self, kept: Tensor) -> Site | None:
